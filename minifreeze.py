@@ -338,7 +338,7 @@ def _nearest(glob: str, names: list[str]) -> str:
 
 def _ask(where: Callable[[KeyPath, Any], bool], path: KeyPath, leaf: Any) -> bool:
     """The predicate's answer, which must be a bool known without the leaf's value."""
-    rule = f"at {_name(path)!r}: a choice may depend on path, shape and dtype only"
+    rule = "a choice may depend on path, shape and dtype only"
     try:
         answer = where(path, leaf)
     except (
@@ -346,9 +346,11 @@ def _ask(where: Callable[[KeyPath, Any], bool], path: KeyPath, leaf: Any) -> boo
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
-        raise TypeError(f"the predicate looked at a tracer's value {rule}") from error
+        raise TypeError(f"the predicate looked at the value of {_name(path)!r}; {rule}") from error
     if not isinstance(answer, bool | np.bool_):
-        raise TypeError(f"the predicate must return a bool, got {answer!r} {rule}")
+        raise TypeError(
+            f"the predicate must return a bool, got {answer!r} at {_name(path)!r}; {rule}"
+        )
     return bool(answer)
 
 
@@ -362,12 +364,14 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
 
 def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[str]:
     """Says of every place where the parts' nodes stop being alike what each part has there."""
-    kinds, outlines, below = {}, {}, {}
+    kinds: dict[str, str] = {}
+    outlines: dict[str, Any] = {}
+    below: dict[str, dict[KeyPath, Any]] = {}
     for part, node in nodes.items():
         entries, outlines[part] = tree_flatten_with_path(
             node, is_leaf=lambda inner, node=node: inner is not node or _is_hole(inner)
         )
-        leaf = jax.tree_util.treedef_is_leaf(outlines[part])
+        leaf = outlines[part] == jax.tree.structure(0)
         kinds[part] = "a leaf" if leaf else type(node).__name__
         below[part] = {} if leaf else dict(entries)
     if len(set(kinds.values())) > 1:
@@ -473,13 +477,15 @@ def train(
 
 # ------------------------------------------------------------------- the frozen prefix, once
 
-# Elementwise operations: run again at every step where that keeps fewer bytes of a batch
-# (labels, for their one-hot rows). A product, a random draw or a loop never is.
-_CHEAP = frozenset(
-    [
+# Equations that are cheap to run again, and how many bytes of a batch that must save: what
+# moves elements costs next to nothing, what computes them one by one is to save something
+# (one-hot rows are made of the labels). A product, a random draw, a loop is never run again.
+_CHEAP = dict.fromkeys(
+    ("broadcast_in_dim", "expand_dims", "reshape", "squeeze"), 0
+) | dict.fromkeys(
+    (
         "add",
         "and",
-        "broadcast_in_dim",
         "concatenate",
         "convert_element_type",
         "div",
@@ -495,11 +501,10 @@ _CHEAP = frozenset(
         "neg",
         "not",
         "or",
-        "reshape",
         "select_n",
-        "squeeze",
         "sub",
-    ]
+    ),
+    1,
 )
 
 
@@ -539,21 +544,29 @@ def hoist(
     )
 
     every_step = set(trainable_vars)
-    sources = {var: {var} for var in batch_vars}  # what must be kept to have a variable
+    sources = {var: {var} for var in batch_vars}  # what to keep of a batch to have a variable
+    cheap: dict[Any, set[Any]] = {}  # what it can be made of again, at whatever cost in bytes
     for eqn in eqns:
         inputs = _variables(eqn.invars)
         if eqn.effects or not every_step.isdisjoint(inputs):
             every_step.update(eqn.outvars)
         elif behind := set().union(*(sources.get(var, ()) for var in inputs)):
-            for var in eqn.outvars:
-                again = eqn.primitive.name in _CHEAP and _bytes(behind) < _bytes([var])
-                sources[var] = behind if again else {var}
+            sources.update((var, {var}) for var in eqn.outvars)
+            if (least := _CHEAP.get(eqn.primitive.name)) is not None:
+                (var,) = eqn.outvars
+                cheap[var] = behind
+                if _bytes([var]) - _bytes(behind) >= least:
+                    sources[var] = behind
 
-    # Where every step ends up needing a batch's variable, keep what stands behind it.
+    # Keep what stands behind all that the equations of every step need of the batch, except
+    # what is cheaply made of the others.
     last = _eqns_for(outvars, eqns, given=sources)
     wanted = _variables([*outvars, *(var for eqn in last for var in eqn.invars)])
-    behind = set().union(*(sources.get(var, ()) for var in wanted))
-    kept_vars = [var for var in sources if var in behind]
+    kept = set().union(*(sources.get(var, ()) for var in wanted))
+    for var in reversed(sources):
+        if var in kept and cheap.get(var, {var}) <= kept - {var}:
+            kept.remove(var)
+    kept_vars = [var for var in sources if var in kept]
 
     pure = [eqn for eqn in eqns if not eqn.effects]
     run_once = _function(
