@@ -18,7 +18,7 @@ def takes_vectors(path: tuple[object, ...], leaf: jax.Array) -> bool:
 def train_head(params: Params, x: jax.Array, y: jax.Array, steps: int) -> tuple[Params, float]:
     frozen, trainable = mf.partition(choice(2), params)
     vectors, matrices = mf.partition(takes_vectors, trainable)
-    trainable = mf.merge(vectors, matrices)
+    print(vectors, matrices)
     once, rest = mf.hoist(mf.loss_fn, trainable, frozen, x, y)
     kept: tuple[jax.Array, ...] = once(frozen, x, y)
     loss = jnp.zeros(())
