@@ -96,7 +96,8 @@ def apply(params: Params, x: jax.Array) -> jax.Array:
     linear_0, linear_1, ..., and for parameters with holes (``merge`` fills them).
     """
     x = jnp.asarray(x)
-    if missing := [_name(path) for path, leaf in _slots(params) if _is_hole(leaf)]:
+    nodes, _ = tree_flatten_with_path(params, is_leaf=_is_hole)
+    if missing := [_name(path) for path, node in nodes if _is_hole(node)]:
         raise ValueError(f"params has holes at {missing}: merge(trainable, frozen) first")
     # A tree function returns dicts sorted, linear_10 before linear_2: count, do not iterate.
     layers = [f"linear_{i}" for i in range(len(params))]
@@ -148,8 +149,9 @@ def partition(where: Where, tree: PyTree) -> tuple[PyTree, PyTree]:
     of another type; what a predicate raises passes through.
     """
     chosen, leaves, treedef = _choose(where, tree)
-    selected = [leaf if take else Hole() for take, leaf in zip(chosen, leaves)]
-    rest = [Hole() if take else leaf for take, leaf in zip(chosen, leaves)]
+    hole = Hole()
+    selected = [leaf if take else hole for take, leaf in zip(chosen, leaves)]
+    rest = [hole if take else leaf for take, leaf in zip(chosen, leaves)]
     return jax.tree.unflatten(treedef, selected), jax.tree.unflatten(treedef, rest)
 
 
@@ -165,11 +167,14 @@ def merge(*parts: PyTree) -> PyTree:
     if not parts:
         raise TypeError("merge needs at least one part")
     named = {f"part {i}": part for i, part in enumerate(parts)}
-    slots, treedef = _align(named)
-    held = [[leaf for leaf in slot if not _is_hole(leaf)] for slot in slots]
-    if any(len(leaves) != 1 for leaves in held):
-        raise ValueError(_misheld(named, slots, right=[1]))
-    return jax.tree.unflatten(treedef, [leaf for (leaf,) in held])
+    columns, treedef = _align(named)
+    leaves: list[Any] = []
+    for slot in zip(*columns):
+        held = [leaf for leaf in slot if not isinstance(leaf, Hole)]
+        if len(held) != 1:
+            raise ValueError(_misheld(named, right=[1]))
+        leaves += held
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def mask(where: Where, tree: PyTree) -> PyTree:
@@ -196,10 +201,10 @@ def warm_start(new: PyTree, old: PyTree) -> PyTree:
     Raises ValueError, with path and both, for shapes or dtypes that do not fit.
     """
     held = dict(tree_flatten_with_path(old)[0])
-    slots, treedef = tree_flatten_with_path(new)
-    triples = [(path, fresh, held.get(path, fresh)) for path, fresh in slots]
-    _refuse_misfits(triples, "new", "old")
-    return jax.tree.unflatten(treedef, [leaf for _, _, leaf in triples])
+    fresh, treedef = tree_flatten_with_path(new)
+    leaves = [held.get(path, leaf) for path, leaf in fresh]
+    _refuse_misfits(((*entry, leaf) for entry, leaf in zip(fresh, leaves)), "new", "old")
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def summary(**parts: PyTree) -> str:
@@ -223,20 +228,20 @@ def summary(**parts: PyTree) -> str:
     """
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
-    slots, _ = _align(parts)
-    if any(sum(not _is_hole(leaf) for leaf in slot) > 1 for slot in slots):
-        raise ValueError(_misheld(parts, slots, right=[0, 1]))
+    columns, _ = _align(parts)
     rows = [["path", "shape", "dtype", "count", "part"]]
     counts, sizes = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
-    for (path, _), slot in zip(_slots(next(iter(parts.values()))), slots):
-        for part, leaf in zip(parts, slot):
-            if not _is_hole(leaf):
-                shape, dtype = _spec(leaf)
-                count = 0 if shape is None else math.prod(shape)
-                counts[part] += count
-                sizes[part] += count and count * dtype.itemsize
-                text = "-" if shape is None else str(shape)
-                rows.append([_name(path), text, str(dtype), str(count), part])
+    for path, *slot in zip(_paths(parts), *columns):
+        held = [(part, leaf) for part, leaf in zip(parts, slot) if not _is_hole(leaf)]
+        if len(held) > 1:
+            raise ValueError(_misheld(parts, right=[0, 1]))
+        for part, leaf in held:
+            shape, dtype = _spec(leaf)
+            count = 0 if shape is None else math.prod(shape)
+            counts[part] += count
+            sizes[part] += count and count * dtype.itemsize
+            text = "-" if shape is None else str(shape)
+            rows.append([_name(path), text, str(dtype), str(count), part])
     total = sum(counts.values())
     totals = [["part", "count", "bytes", "share"]]
     for part, count, size in [
@@ -254,11 +259,6 @@ def _is_hole(node: Any) -> bool:
 def _name(path: KeyPath) -> str:
     """A leaf's name, for people and patterns; its identity is the key path itself."""
     return keystr(path, simple=True, separator="/")
-
-
-def _slots(tree: PyTree) -> list[tuple[KeyPath, Any]]:
-    """Every leaf and every hole of ``tree`` with its key path."""
-    return tree_flatten_with_path(tree, is_leaf=_is_hole)[0]
 
 
 def _spec(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
@@ -289,18 +289,29 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
 
 def _choose(where: Where, tree: PyTree) -> tuple[list[bool], list[Any], Any]:
     """Which leaves ``where`` takes, the leaves, and the tree's structure."""
-    slots, treedef = tree_flatten_with_path(tree)
     if isinstance(where, str | tuple | list):
         patterns = [where] if isinstance(where, str) else where
-        chosen = _match(patterns, [_name(path) for path, _ in slots])
+        chosen = _match(patterns, [_name(path) for path, _ in _leaves(tree)])
     elif callable(where):
-        chosen = [_ask(where, path, leaf) for path, leaf in slots]
+        chosen = [_ask(where, path, leaf) for path, leaf in _leaves(tree)]
     else:
         raise TypeError(
             "where must be a predicate (path, leaf) -> bool, a pattern, or a tuple or list of "
             f"patterns, got {type(where).__name__}: {where!r}"
         )
-    return chosen, [leaf for _, leaf in slots], treedef
+    return chosen, *jax.tree.flatten(tree)
+
+
+def _leaves(tree: PyTree) -> Iterator[tuple[KeyPath, Any]]:
+    """Every leaf with its key path, one child of the root after the other.
+
+    Thousands of key paths held at once set off the garbage collector, which costs more than
+    all the rest of ``partition``.
+    """
+    children, _ = tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    for key, child in children:
+        for path, leaf in tree_flatten_with_path(child)[0]:
+            yield key + path, leaf
 
 
 def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
@@ -347,19 +358,25 @@ def _ask(where: Callable[[KeyPath, Any], bool], path: KeyPath, leaf: Any) -> boo
         jax.errors.TracerIntegerConversionError,
     ) as error:
         raise TypeError(f"the predicate looked at the value of {_name(path)!r}; {rule}") from error
-    if not isinstance(answer, bool | np.bool_):
+    if not isinstance(answer, (bool, np.bool_)):
         raise TypeError(
             f"the predicate must return a bool, got {answer!r} at {_name(path)!r}; {rule}"
         )
     return bool(answer)
 
 
-def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """For each slot what every part has there, leaf or hole, and the structure they share."""
-    leaves, outlines = zip(*(jax.tree.flatten(part, is_leaf=_is_hole) for part in parts.values()))
+def _align(parts: Mapping[str, PyTree]) -> tuple[Sequence[list[Any]], Any]:
+    """Of every part its leaves and holes in tree order, and the structure that all share."""
+    columns, outlines = zip(*(jax.tree.flatten(part, is_leaf=_is_hole) for part in parts.values()))
     if any(outline != outlines[0] for outline in outlines):
         raise ValueError("the structures differ: " + "; ".join(_differences(parts)))
-    return list(zip(*leaves)), outlines[0]
+    return columns, outlines[0]
+
+
+def _paths(parts: Mapping[str, PyTree]) -> list[KeyPath]:
+    """The key paths of the leaves and holes of parts that share a structure."""
+    entries, _ = tree_flatten_with_path(next(iter(parts.values())), is_leaf=_is_hole)
+    return [path for path, _ in entries]
 
 
 def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[str]:
@@ -390,12 +407,10 @@ def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[st
         yield f"{_name(path)!r} is " + ", ".join(f"{outlines[part]} in {part}" for part in nodes)
 
 
-def _misheld(
-    parts: Mapping[str, PyTree], slots: Sequence[Sequence[Any]], right: Sequence[int]
-) -> str:
+def _misheld(parts: Mapping[str, PyTree], right: Sequence[int]) -> str:
     """Names every leaf that is held by another number of parts than is ``right``."""
     problems = []
-    for (path, _), slot in zip(_slots(next(iter(parts.values()))), slots):
+    for path, *slot in zip(_paths(parts), *_align(parts)[0]):
         owners = [part for part, leaf in zip(parts, slot) if not _is_hole(leaf)]
         if len(owners) not in right:
             problems.append(f"{_name(path)!r} is held by {' and '.join(owners) or 'none'}")
@@ -639,10 +654,9 @@ def _bytes(variables: Iterable[Any]) -> int:
 def _checked(made_with: dict[str, PyTree], given: dict[str, PyTree]) -> list[Any]:
     """The leaves of a call's arguments, which must be like those that hoist was made with."""
     abstract = jax.eval_shape(lambda given: given, given)
-    slots, _ = _align({"hoist": made_with, "the call": abstract})
-    paths = [path for path, _ in _slots(made_with)]
-    triples = [(path, *pair) for path, pair in zip(paths, slots)]
-    _refuse_misfits(triples, "hoist", "the call")
+    sides = {"hoist": made_with, "the call": abstract}
+    columns, _ = _align(sides)
+    _refuse_misfits(zip(_paths(sides), *columns), *sides)
     return [leaf for arg in given.values() for leaf in jax.tree.leaves(arg)]
 
 
