@@ -261,7 +261,7 @@ def _name(path: KeyPath) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def _spec(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
+def _spec(leaf: Any) -> tuple[Any, Any]:
     """Shape and dtype of an array, an abstract array or a number; else None and the type."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return tuple(leaf.shape), leaf.dtype
@@ -369,7 +369,7 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[Sequence[list[Any]], Any]:
     """Of every part its leaves and holes in tree order, and the structure that all share."""
     columns, outlines = zip(*(jax.tree.flatten(part, is_leaf=_is_hole) for part in parts.values()))
     if any(outline != outlines[0] for outline in outlines):
-        raise ValueError("the structures differ: " + "; ".join(_differences(parts)))
+        raise ValueError(f"the structures differ: {'; '.join(_differences(parts))}")
     return columns, outlines[0]
 
 
@@ -392,7 +392,7 @@ def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[st
         kinds[part] = "a leaf" if leaf else type(node).__name__
         below[part] = {} if leaf else dict(entries)
     if len(set(kinds.values())) > 1:
-        yield f"{_name(path)!r} is " + ", ".join(f"{kinds[part]} in {part}" for part in nodes)
+        yield f"{_name(path)!r} is {', '.join(f'{kinds[part]} in {part}' for part in nodes)}"
         return
     whole = True
     for key in dict.fromkeys(key for entries in below.values() for key in entries):
@@ -404,7 +404,7 @@ def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[st
             yield f"{_name(path + key)!r} is only in {' and '.join(here)}"
     first, *others = outlines.values()
     if whole and any(other != first for other in others):  # the same keys, other metadata
-        yield f"{_name(path)!r} is " + ", ".join(f"{outlines[part]} in {part}" for part in nodes)
+        yield f"{_name(path)!r} is {', '.join(f'{outlines[part]} in {part}' for part in nodes)}"
 
 
 def _misheld(parts: Mapping[str, PyTree], right: Sequence[int]) -> str:
@@ -414,7 +414,7 @@ def _misheld(parts: Mapping[str, PyTree], right: Sequence[int]) -> str:
         owners = [part for part, leaf in zip(parts, slot) if not _is_hole(leaf)]
         if len(owners) not in right:
             problems.append(f"{_name(path)!r} is held by {' and '.join(owners) or 'none'}")
-    return "every leaf must be held by exactly one part: " + "; ".join(problems)
+    return f"every leaf must be held by exactly one part: {'; '.join(problems)}"
 
 
 def _refuse_misfits(triples: Iterable[tuple[KeyPath, Any, Any]], one: str, other: str) -> None:
@@ -424,7 +424,7 @@ def _refuse_misfits(triples: Iterable[tuple[KeyPath, Any, Any]], one: str, other
         for path, a, b in triples
         if _spec(a) != _spec(b)
     ]:
-        raise ValueError("shapes and dtypes must fit: " + "; ".join(misfits))
+        raise ValueError(f"shapes and dtypes must fit: {'; '.join(misfits)}")
 
 
 # ----------------------------------------------------------------------------- the training
