@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -167,12 +168,12 @@ def merge(*parts: PyTree) -> PyTree:
     if not parts:
         raise TypeError("merge needs at least one part")
     named = {f"part {i}": part for i, part in enumerate(parts)}
-    columns, treedef = _align(named)
+    columns, treedef = _align(named, owners=[1])
     leaves: list[Any] = []
     for slot in zip(*columns):
-        held = [leaf for leaf in slot if not isinstance(leaf, Hole)]
+        held = [leaf for leaf in slot if not _is_hole(leaf)]
         if len(held) != 1:
-            raise ValueError(_misheld(named, right=[1]))
+            raise _misfit(named, owners=[1])
         leaves += held
     return jax.tree.unflatten(treedef, leaves)
 
@@ -200,7 +201,11 @@ def warm_start(new: PyTree, old: PyTree) -> PyTree:
     ones start fresh, dropped ones go; and for a checkpoint of a part. Leaves are shared.
     Raises ValueError, with path and both, for shapes or dtypes that do not fit.
     """
-    held = dict(tree_flatten_with_path(old)[0])
+    entries, _ = tree_flatten_with_path(old)
+    held = dict(entries)
+    if len(held) < len(entries):
+        twins = [_name(path) for path, n in Counter(path for path, _ in entries).items() if n > 1]
+        raise ValueError(f"old has two leaves of one key path: {twins}")
     fresh, treedef = tree_flatten_with_path(new)
     leaves = [held.get(path, leaf) for path, leaf in fresh]
     _refuse_misfits(((*entry, leaf) for entry, leaf in zip(fresh, leaves)), "new", "old")
@@ -228,13 +233,13 @@ def summary(**parts: PyTree) -> str:
     """
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
-    columns, _ = _align(parts)
+    columns, _ = _align(parts, owners=[0, 1])
     rows = [["path", "shape", "dtype", "count", "part"]]
     counts, sizes = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
     for path, *slot in zip(_paths(parts), *columns):
         held = [(part, leaf) for part, leaf in zip(parts, slot) if not _is_hole(leaf)]
         if len(held) > 1:
-            raise ValueError(_misheld(parts, right=[0, 1]))
+            raise _misfit(parts, owners=[0, 1])
         for part, leaf in held:
             shape, dtype = _spec(leaf)
             count = 0 if shape is None else math.prod(shape)
@@ -263,7 +268,7 @@ def _name(path: KeyPath) -> str:
 
 def _spec(leaf: Any) -> tuple[Any, Any]:
     """Shape and dtype of an array, an abstract array or a number; else None and the type."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type):
         return tuple(leaf.shape), leaf.dtype
     if isinstance(leaf, bool | int | float | complex):
         return (), jnp.result_type(leaf)
@@ -337,11 +342,14 @@ def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
 
 
 def _nearest(glob: str, names: list[str]) -> str:
-    """Up to ten names, those first that look most like ``glob``, themselves or further up."""
+    """Up to ten names, those first that are most like ``glob``, in whole or at either end."""
+
+    depth = glob.count("/") + 1
 
     def likeness(name: str) -> float:
-        ends = [i for i, letter in enumerate(name) if letter == "/"] + [len(name)]
-        return max(difflib.SequenceMatcher(None, name[:end], glob).ratio() for end in ends)
+        steps = name.split("/")
+        alike = {name, "/".join(steps[:depth]), "/".join(steps[-depth:])}
+        return max(difflib.SequenceMatcher(None, some, glob).ratio() for some in alike)
 
     nearest = sorted(names, key=likeness, reverse=True)[:10]
     return f"{len(nearest)} of {len(names)} names, nearest first: {nearest}"
@@ -354,6 +362,7 @@ def _ask(where: Callable[[KeyPath, Any], bool], path: KeyPath, leaf: Any) -> boo
         answer = where(path, leaf)
     except (
         jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
@@ -365,11 +374,11 @@ def _ask(where: Callable[[KeyPath, Any], bool], path: KeyPath, leaf: Any) -> boo
     return bool(answer)
 
 
-def _align(parts: Mapping[str, PyTree]) -> tuple[Sequence[list[Any]], Any]:
+def _align(parts: Mapping[str, PyTree], owners: Container[int]) -> tuple[Any, Any]:
     """Of every part its leaves and holes in tree order, and the structure that all share."""
     columns, outlines = zip(*(jax.tree.flatten(part, is_leaf=_is_hole) for part in parts.values()))
     if any(outline != outlines[0] for outline in outlines):
-        raise ValueError(f"the structures differ: {'; '.join(_differences(parts))}")
+        raise _misfit(parts, owners)
     return columns, outlines[0]
 
 
@@ -379,42 +388,48 @@ def _paths(parts: Mapping[str, PyTree]) -> list[KeyPath]:
     return [path for path, _ in entries]
 
 
-def _differences(nodes: Mapping[str, PyTree], path: KeyPath = ()) -> Iterator[str]:
-    """Says of every place where the parts' nodes stop being alike what each part has there."""
-    kinds: dict[str, str] = {}
+def _misfit(parts: Mapping[str, PyTree], owners: Container[int]) -> ValueError:
+    """The error for parts that are unlike, or of which more or fewer than may hold a leaf."""
+    return ValueError(f"the parts do not fit: {'; '.join(_problems(parts, owners, ()))}")
+
+
+def _problems(nodes: Mapping[str, PyTree], owners: Container[int], path: KeyPath) -> Iterator[str]:
+    """Says of each place from ``path`` on where the parts do not fit what each has there."""
+    kinds: dict[str, Any] = {}
     outlines: dict[str, Any] = {}
-    below: dict[str, dict[KeyPath, Any]] = {}
+    below: dict[str, dict[Any, Any]] = {}
     for part, node in nodes.items():
         entries, outlines[part] = tree_flatten_with_path(
             node, is_leaf=lambda inner, node=node: inner is not node or _is_hole(inner)
         )
-        leaf = outlines[part] == jax.tree.structure(0)
-        kinds[part] = "a leaf" if leaf else type(node).__name__
-        below[part] = {} if leaf else dict(entries)
-    if len(set(kinds.values())) > 1:
-        yield f"{_name(path)!r} is {', '.join(f'{kinds[part]} in {part}' for part in nodes)}"
-        return
-    whole = True
-    for key in dict.fromkeys(key for entries in below.values() for key in entries):
-        here = {part: entries[key] for part, entries in below.items() if key in entries}
-        if len(here) == len(nodes):
-            yield from _differences(here, path + key)
-        else:
-            whole = False
-            yield f"{_name(path + key)!r} is only in {' and '.join(here)}"
-    first, *others = outlines.values()
-    if whole and any(other != first for other in others):  # the same keys, other metadata
-        yield f"{_name(path)!r} is {', '.join(f'{outlines[part]} in {part}' for part in nodes)}"
-
-
-def _misheld(parts: Mapping[str, PyTree], right: Sequence[int]) -> str:
-    """Names every leaf that is held by another number of parts than is ``right``."""
-    problems = []
-    for path, *slot in zip(_paths(parts), *_align(parts)[0]):
-        owners = [part for part, leaf in zip(parts, slot) if not _is_hole(leaf)]
-        if len(owners) not in right:
-            problems.append(f"{_name(path)!r} is held by {' and '.join(owners) or 'none'}")
-    return f"every leaf must be held by exactly one part: {'; '.join(problems)}"
+        kinds[part] = None if outlines[part] == jax.tree.structure(0) else type(node)
+        seen: Counter[KeyPath] = Counter()  # a custom node may give two children one key
+        below[part] = {}
+        for key, child in entries:
+            below[part][key, seen[key]] = child
+            seen[key] += 1
+    if set(kinds.values()) == {None}:
+        held = [part for part, node in nodes.items() if not _is_hole(node)]
+        if len(held) not in owners:
+            yield f"{_name(path)!r} is held by {' and '.join(held) or 'none'}"
+    elif len(set(kinds.values())) > 1:
+        names = {part: kind.__name__ if kind else "a leaf" for part, kind in kinds.items()}
+        names |= {part: "a hole" for part, node in nodes.items() if _is_hole(node)}
+        yield f"{_name(path)!r} is {', '.join(f'{names[part]} in {part}' for part in nodes)}"
+    else:
+        keys = dict.fromkeys(key for children in below.values() for key in children)
+        for key in keys:
+            here = {part: children[key] for part, children in below.items() if key in children}
+            if len(here) == len(nodes):
+                yield from _problems(here, owners, path + key[0])
+            else:
+                yield f"{_name(path + key[0])!r} is only in {' and '.join(here)}"
+        first, *others = outlines.values()
+        if any(other != first for other in others) and all(
+            children.keys() == keys.keys() for children in below.values()
+        ):  # the same keys, but other metadata
+            told = ", ".join(f"{outlines[part]} in {part}" for part in nodes)
+            yield f"{_name(path)!r} is {told}"
 
 
 def _refuse_misfits(triples: Iterable[tuple[KeyPath, Any, Any]], one: str, other: str) -> None:
@@ -473,7 +488,9 @@ def train_step(
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{_name(path)!r} is {leaf.dtype} and cannot train: freeze it")
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
-    return sgd_step(trainable, grads, lr), loss
+    # Of a float32 rate, bfloat16 parameters must not become float32.
+    new = jax.tree.map(lambda p, q: q.astype(p.dtype), trainable, sgd_step(trainable, grads, lr))
+    return new, loss
 
 
 @jax.jit
@@ -496,13 +513,12 @@ def train(
 # moves elements costs next to nothing, what computes them one by one is to save something
 # (one-hot rows are made of the labels). A product, a random draw, a loop is never run again.
 _CHEAP = dict.fromkeys(
-    ("broadcast_in_dim", "expand_dims", "reshape", "squeeze"), 0
+    ("broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze"), 0
 ) | dict.fromkeys(
     (
         "add",
         "and",
         "concatenate",
-        "convert_element_type",
         "div",
         "eq",
         "ge",
@@ -551,7 +567,10 @@ def hoist(
     every step, hand the key in with what trains. Made as jax #3617 advises.
     """
     made_for = jax.eval_shape(lambda *args: args, trainable, frozen, batch)
-    traced, out = jax.make_jaxpr(fn, return_shape=True)(trainable, frozen, *batch)
+    # A function of its own, for JAX remembers what it traced, and fn may close over new values.
+    traced, out = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(
+        trainable, frozen, *batch
+    )
     opened = jax.make_jaxpr(partial(_open_jits, traced))(*jax.tree.leaves(made_for))
     eqns, outvars, invars = opened.jaxpr.eqns, opened.jaxpr.outvars, iter(opened.jaxpr.invars)
     trainable_vars, frozen_vars, batch_vars = (
@@ -559,29 +578,25 @@ def hoist(
     )
 
     every_step = set(trainable_vars)
-    sources = {var: {var} for var in batch_vars}  # what to keep of a batch to have a variable
-    cheap: dict[Any, set[Any]] = {}  # what it can be made of again, at whatever cost in bytes
+    sources = {var: {var} for var in batch_vars}  # the fewest bytes to have a variable again
+    roots = {var: {var} for var in batch_vars}  # and where it can be had from at any cost
     for eqn in eqns:
         inputs = _variables(eqn.invars)
         if eqn.effects or not every_step.isdisjoint(inputs):
             every_step.update(eqn.outvars)
-        elif behind := set().union(*(sources.get(var, ()) for var in inputs)):
-            sources.update((var, {var}) for var in eqn.outvars)
+        elif behind := _behind(inputs, sources):
+            for var in eqn.outvars:
+                sources[var] = roots[var] = {var}
             if (least := _CHEAP.get(eqn.primitive.name)) is not None:
-                (var,) = eqn.outvars
-                cheap[var] = behind
+                roots[var] = _behind(inputs, roots)
                 if _bytes([var]) - _bytes(behind) >= least:
                     sources[var] = behind
 
-    # Keep what stands behind all that the equations of every step need of the batch, except
-    # what is cheaply made of the others.
+    # Keep what stands behind all that the equations of every step need of the batch, but
+    # nothing that can be had from the rest of it.
     last = _eqns_for(outvars, eqns, given=sources)
-    wanted = _variables([*outvars, *(var for eqn in last for var in eqn.invars)])
-    kept = set().union(*(sources.get(var, ()) for var in wanted))
-    for var in reversed(sources):
-        if var in kept and cheap.get(var, {var}) <= kept - {var}:
-            kept.remove(var)
-    kept_vars = [var for var in sources if var in kept]
+    kept = _behind([*outvars, *(atom for eqn in last for atom in eqn.invars)], sources)
+    kept_vars = [var for var in sources if var in kept and not roots[var] <= kept - {var}]
 
     pure = [eqn for eqn in eqns if not eqn.effects]
     run_once = _function(
@@ -597,12 +612,15 @@ def hoist(
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[jax.Array, ...]:
         made_with = {"frozen": made_for[1], "batch": made_for[2]}
-        return tuple(run_once(*_checked(made_with, {"frozen": frozen, "batch": batch})))
+        return tuple(
+            map(jnp.asarray, run_once(*_checked(made_with, {"frozen": frozen, "batch": batch})))
+        )
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[jax.Array, ...]) -> Any:
         made_with = {"trainable": made_for[0], "frozen": made_for[1], "kept": kept_for}
         given = {"trainable": trainable, "frozen": frozen, "kept": kept}
-        return jax.tree.unflatten(jax.tree.structure(out), run_rest(*_checked(made_with, given)))
+        leaves = map(jnp.asarray, run_rest(*_checked(made_with, given)))
+        return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
     return once, rest
 
@@ -647,6 +665,10 @@ def _variables(atoms: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(a for a in atoms if not isinstance(a, jex_core.Literal)))
 
 
+def _behind(atoms: Iterable[Any], origins: Mapping[Any, set[Any]]) -> set[Any]:
+    return set().union(*(origins.get(var, ()) for var in _variables(atoms)))
+
+
 def _bytes(variables: Iterable[Any]) -> int:
     return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables)
 
@@ -655,7 +677,7 @@ def _checked(made_with: dict[str, PyTree], given: dict[str, PyTree]) -> list[Any
     """The leaves of a call's arguments, which must be like those that hoist was made with."""
     abstract = jax.eval_shape(lambda given: given, given)
     sides = {"hoist": made_with, "the call": abstract}
-    columns, _ = _align(sides)
+    columns, _ = _align(sides, owners=[0, 1, 2])
     _refuse_misfits(zip(_paths(sides), *columns), *sides)
     return [leaf for arg in given.values() for leaf in jax.tree.leaves(arg)]
 
@@ -725,8 +747,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: 42")
     parser.add_argument("--plot", metavar="FILE", help="draw the parameters before and after")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps must be a positive integer, got {args.steps}")
+    if not 1 <= args.steps <= 10**7:  # more batches than that fill the memory
+        parser.error(f"--steps must be in 1 .. {10**7}, got {args.steps}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 .. {2**32 - 1}, got {args.seed}")
     if args.plot is not None:
@@ -736,12 +758,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(
                 "--plot needs matplotlib: pip install matplotlib, or uv run --with matplotlib"
             )
-        kind = os.path.splitext(args.plot)[1].removeprefix(".")
+        kind = os.path.splitext(args.plot)[1].removeprefix(".").lower()
         if kind not in FigureCanvasBase.get_supported_filetypes():
             parser.error(f"--plot {args.plot}: {kind!r} is no kind of picture (try .png)")
-        folder = os.path.dirname(os.path.abspath(args.plot))
-        if os.path.isdir(args.plot) or not os.access(folder, os.W_OK):
-            parser.error(f"--plot {args.plot}: cannot be written")
+        try:
+            is_new = not os.path.exists(args.plot)
+            open(args.plot, "ab").close()
+            if is_new:
+                os.remove(args.plot)
+        except OSError as error:
+            parser.error(f"--plot {args.plot}: {error.strerror}")
 
     def show(title: str, params: Params, numbers: jax.Array) -> None:
         x = numbers[:, None].astype(jnp.float32)
@@ -766,7 +792,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         same[np.asarray(was).tobytes() == np.asarray(leaf).tobytes()].append(_name(path))
     print(f"\nchanged: {', '.join(same[False])}\nbit for bit as before: {', '.join(same[True])}")
     if args.plot is not None:
-        _plot(args.plot, before, after, frozen)
+        try:
+            _plot(args.plot, before, after, frozen)
+        except (OSError, RuntimeError) as error:  # a full disk, a format that needs LaTeX
+            parser.error(f"--plot {args.plot}: {' '.join(str(error).split())}")
         print(f"drawn: {args.plot}")
 
 

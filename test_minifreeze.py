@@ -210,7 +210,7 @@ def test_property_a_lost_or_doubled_leaf_is_refused_with_its_path(data, tree, lo
         leaves = held(part)
         leaves[i] = wrong
         broken.append(treedef.unflatten(leaves))
-    with pytest.raises(ValueError, match="exactly one part") as error:
+    with pytest.raises(ValueError, match="do not fit") as error:
         mf.merge(*broken)
     words(
         error, f"{slow_name(entries[i][0])!r} is held by {'none' if lose else 'part 0 and part 1'}"
@@ -445,7 +445,7 @@ def test_groups_come_from_splitting_again():
 def test_merge_names_every_path_at_once():
     first = {"a": 1, "b": Hole(), "c": {"d": 1, "e": Hole()}}
     second = {"a": 1, "b": Hole(), "c": {"d": Hole(), "e": 2}}
-    with pytest.raises(ValueError, match="exactly one part") as error:
+    with pytest.raises(ValueError, match="do not fit") as error:
         mf.merge(first, second, first)
     words(
         error,
@@ -463,8 +463,8 @@ def test_merge_names_every_path_at_once():
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1]}}, ["'a/b/1' is only in part 0"]),
         ({"a": {"b": [1]}}, {"a": {"b": (1,)}}, ["'a/b' is list in part 0, tuple in part 1"]),
         ({"a": None}, {"a": 1}, ["'a' is NoneType in part 0, a leaf in part 1"]),
-        ({"a": Hole()}, {"a": None}, ["'a' is a leaf in part 0, NoneType in part 1"]),
-        ({"a": Hole()}, {"a": {"w": 1}}, ["'a' is a leaf in part 0, dict in part 1"]),
+        ({"a": Hole()}, {"a": None}, ["'a' is a hole in part 0, NoneType in part 1"]),
+        ({"a": Hole()}, {"a": {"w": 1}}, ["'a' is a hole in part 0, dict in part 1"]),
         ({"a": ()}, {"a": {}}, ["'a' is tuple in part 0, dict in part 1"]),
         (
             [1, {"a": [1]}, 3],
@@ -488,9 +488,50 @@ def test_merge_names_every_path_at_once():
     ],
 )
 def test_merge_says_where_structures_differ(one, other, expected):
-    with pytest.raises(ValueError, match="the structures differ") as error:
+    with pytest.raises(ValueError, match="do not fit") as error:
         mf.merge(one, other)
     words(error, *expected)
+
+
+def test_merge_names_what_is_held_wrong_beside_what_differs():
+    with pytest.raises(ValueError, match="do not fit") as error:
+        mf.merge({"a": 1, "b": Hole(), "c": {"x": 1}}, {"a": 2, "b": Hole(), "c": Hole()})
+    words(
+        error,
+        "'a' is held by part 0 and part 1",
+        "'b' is held by none",
+        "'c' is dict in part 0, a hole in part 1",
+    )
+
+
+class Twins(Keyed):
+    """A custom node that gives all its children one key."""
+
+    def tree_flatten_with_keys(self):
+        return [(GetAttrKey("twin"), node) for node in self.inner], None
+
+
+jax.tree_util.register_pytree_with_keys_class(Twins)
+
+
+def test_paths_that_are_not_unique_lose_nothing():
+    mine, rest = mf.partition(lambda path, leaf: leaf == 2, Twins(1, 2))
+    assert mf.merge(mine, rest).inner == (1, 2)
+    with pytest.raises(ValueError, match="do not fit") as error:
+        mf.merge(Twins((1, 2), Hole()), Twins([Hole(), 2], 1))
+    words(error, "'twin' is tuple in part 0, list in part 1")
+    with pytest.raises(ValueError, match="two leaves") as error:
+        mf.warm_start(Twins(0, 0), Twins(1, 2))
+    words(error, "'twin'")
+
+
+def test_the_nearest_names_of_a_deep_tree_come_soon():
+    tree = 1
+    for _ in range(300):
+        tree = {"kernel": tree, "b": 1}
+    with pytest.raises(ValueError, match="10 of 301 names") as error:
+        mf.mask("kernal", tree)
+    words(error, "nearest first: ['kernel/")
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest_ten():
@@ -525,6 +566,7 @@ def test_an_exception_in_a_predicate_passes_through():
         lambda path, leaf: [True][leaf.astype(int)],
         lambda path, leaf: np.asarray(leaf) > 0,
         lambda path, leaf: leaf.item() > 0,
+        lambda path, leaf: leaf[leaf > 0].size == 1,
     ],
 )
 def test_a_predicate_that_looks_at_a_tracer(look):
@@ -553,6 +595,12 @@ selected      6     12   75.0%
 rest          2     12   25.0%
 total         8     24  100.0%"""
     )
+
+
+def test_an_array_class_is_a_leaf_that_is_no_array():
+    tree = {"dtype": np.float32, "kind": jax.Array}
+    assert mf.summary(config=tree).splitlines()[1].split() == ["dtype", "-", "type", "0", "config"]
+    assert mf.warm_start(tree, {"dtype": np.float64})["dtype"] is np.float64
 
 
 def test_summary_of_abstract_parts_and_of_tracers_is_the_same_text():
@@ -798,6 +846,61 @@ def test_dataset_rows_are_drawn_without_replacement():
     assert (np.abs(counts - 155.6) < 25).all()
 
 
+def test_bfloat16_parameters_keep_their_dtype_whatever_the_learning_rate():
+    params = mf.init(jax.random.key(0), [2, 3, 10], jnp.bfloat16)
+    trainable, frozen = mf.partition("linear_1", params)
+    x, y = jnp.ones((4, 2), jnp.bfloat16), jnp.arange(4)
+    for lr in (0.1, np.float32(0.1), jnp.float32(0.1)):
+        new, _ = mf.train_step(trainable, frozen, x, y, lr)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"bfloat16"}
+        same(mf.train(trainable, frozen, x[None], y[None], lr)[0], new)
+
+
+def test_hoist_again_sees_what_the_function_closes_over_now():
+    scale = jnp.ones(2)
+
+    def fn(trainable, frozen, x):
+        return (trainable * frozen * x * scale).sum()
+
+    for factor in (1, 3):
+        scale = jnp.full(2, factor)
+        once, rest = mf.hoist(fn, jnp.ones(2), jnp.ones(2), jnp.ones(2))
+        assert rest(jnp.ones(2), jnp.ones(2), once(jnp.ones(2), jnp.ones(2))) == 2 * factor
+
+
+def test_hoisted_functions_return_arrays_without_jit_too():
+    def fn(trainable, frozen, x, scale):
+        return {"size": x.shape[0], "half": 0.5, "scale": scale, "y": trainable * x}
+
+    once, rest = mf.hoist(fn, 1.0, 2.0, jnp.ones(3), 4.0)
+    kept = once(2.0, jnp.ones(3), 5.0)
+    out = rest(1.0, 2.0, kept)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((kept, out)))
+    same(
+        out,
+        {"size": jnp.array(3), "half": jnp.array(0.5), "scale": jnp.array(5.0), "y": jnp.ones(3)},
+    )
+
+
+def test_labels_are_kept_once_however_they_are_used():
+    def fn(trainable, frozen, x, y):
+        logits = jax.nn.relu(x @ frozen) @ trainable
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        right = (logits.argmax(-1) == y).mean()
+        distance = jnp.abs(logits.argmax(-1) - y.astype(float)).mean()
+        return loss + (jax.nn.one_hot(y, 4) * 0.9 * logits).sum(), (right, distance)
+
+    import optax
+
+    batch = jnp.ones((5, 3)), jnp.arange(5) % 4
+    args = jnp.ones((7, 4)), jnp.ones((3, 7))
+    once, rest = mf.hoist(fn, *args, *batch)
+    kept = once(args[1], *batch)
+    assert sorted(leaf.shape for leaf in kept) == [(5,), (5, 7)]
+    for a, b in zip(jax.tree.leaves(rest(*args, kept)), jax.tree.leaves(fn(*args, *batch))):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 # ------------------------------------------------------------------- bad input, all of it
 
 
@@ -1009,7 +1112,7 @@ BAD_INPUT = {
     "merge of other names": (
         lambda: mf.merge(TRAINABLE, {"linear_1": Hole()}),
         ValueError,
-        ["'linear_0' is only in part 0", "'linear_1' is dict in part 0, a leaf in part 1"],
+        ["'linear_0' is only in part 0", "'linear_1' is dict in part 0, a hole in part 1"],
     ),
     "merge of structures that differ at depth": (
         lambda: mf.merge({"a": {"b": {"c": [1, Hole()]}}}, {"a": {"b": {"c": (Hole(), 1)}}}),
@@ -1231,17 +1334,19 @@ def test_bad_input(run, error, expected):
 
 
 BAD_ARGUMENTS = {
-    "steps of zero": (["--steps", "0"], ["--steps must be a positive integer", "0"]),
+    "steps of zero": (["--steps", "0"], ["--steps must be in 1 ..", "0"]),
     "steps below zero": (["--steps", "-1"], ["--steps", "-1"]),
     "steps of a fraction": (["--steps", "1.5"], ["--steps", "1.5"]),
+    "steps without end": (["--steps", "1" + "0" * 21], ["--steps must be in 1 ..", "10000000"]),
+    "a plot of too long a name": (["--plot", "x" * 300 + ".png"], ["xxx.png", "too long"]),
     "no number of steps": (["--steps"], ["--steps", "argument"]),
     "seed of a word": (["--seed", "x"], ["--seed", "'x'"]),
     "seed below zero": (["--seed", "-1"], ["--seed", "-1"]),
     "seed too large": (["--seed", str(2**32)], ["--seed", str(2**32)]),
     "an option that is not there": (["--stepz", "1"], ["--stepz"]),
     "an argument too many": (["extra"], ["extra"]),
-    "a plot nowhere": (["--plot", "not/there.png"], ["not/there.png", "cannot be written"]),
-    "a plot on a folder": (["--plot", "folder.png"], ["folder.png", "cannot be written"]),
+    "a plot nowhere": (["--plot", "not/there.png"], ["not/there.png", "No such file"]),
+    "a plot on a folder": (["--plot", "folder.png"], ["folder.png", "Is a directory"]),
     "a plot of no kind": (["--plot", "picture"], ["picture", "kind"]),
     "a plot of an unknown kind": (["--plot", "picture.xyz"], ["'xyz'"]),
 }
@@ -1274,6 +1379,7 @@ def run_python(*argv, **options):
     )
 
 
+@pytest.mark.slow
 def test_the_walk_through_as_it_is_run(tmp_path):
     """The file alone in an empty folder: ten numbers learned, the middle layer untouched."""
     (tmp_path / "minifreeze.py").write_bytes((HERE / "minifreeze.py").read_bytes())
@@ -1298,6 +1404,7 @@ def test_the_walk_through_as_it_is_run(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_walk_through_with_options(capsys, tmp_path):
     mf.main(["--steps", "3", "--seed", "7", "--plot", str(tmp_path / "params.png")])
     out = capsys.readouterr().out
@@ -1367,6 +1474,7 @@ def link_packages(folder, *names):
         todo += [re.match(r"[\w.-]+", text)[0] for text in required]
 
 
+@pytest.mark.slow
 def test_copied_alone_into_a_package_of_another_name(tmp_path):
     (tmp_path / "site").mkdir()
     link_packages(tmp_path / "site", "jax", "numpy")
@@ -1392,6 +1500,7 @@ import optax
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'optax'"
 
 
+@pytest.mark.slow
 def test_importing_starts_nothing():
     program = (
         "import jax, sys; before = set(sys.modules); import minifreeze;"
@@ -1413,6 +1522,45 @@ def test_all_names_what_is_public():
     public = {n for n, v in vars(mf).items() if getattr(v, "__module__", "") == "minifreeze"}
     assert {n for n in public if not n.startswith("_")} - {"main"} == set(mf.__all__)
     assert all(getattr(mf, name).__doc__ for name in mf.__all__)
+
+
+# -------------------------------------------------------------------------------- the README
+
+
+def readme_sections():
+    """Each heading with the Python blocks under it: (code, the output that is shown)."""
+    sections = {}
+    token = r"^#+ (?P<title>.*)$|```python\n(?P<code>[\s\S]*?)```\n(\n```text\n(?P<shown>[\s\S]*?)```\n)?"
+    for match in re.finditer(token, (HERE / "README.md").read_text(), re.MULTILINE):
+        if match["title"]:
+            blocks = sections.setdefault(match["title"], [])
+        elif match["code"]:
+            blocks.append((match["code"], match["shown"] or ""))
+    return {title: blocks for title, blocks in sections.items() if blocks}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("title", "blocks"), readme_sections().items(), ids=readme_sections())
+def test_readme_blocks_print_what_they_show(title, blocks, capsys):
+    """The blocks under a heading are one program; only what a clock measured may differ."""
+    namespace = {"__name__": "readme"}
+    for code, shown in blocks:
+        exec(compile(code, f"README.md, {title}", "exec"), namespace)
+        said = capsys.readouterr().out
+        clock = r"[\d.]+( s$| times as fast)"
+        assert re.sub(clock, "N", said, flags=re.M) == re.sub(clock, "N", shown, flags=re.M)
+
+
+def test_the_readme_has_its_commands():
+    text = (HERE / "README.md").read_text()
+    for command in (
+        "pip install uv",
+        "uv run minifreeze.py",
+        "uv run test_minifreeze.py",
+        "uv run bench.py",
+    ):
+        assert f"\n{command}\n" in text
+    assert len(re.findall(r"```python\n", text)) == sum(map(len, readme_sections().values()))
 
 
 if __name__ == "__main__":
