@@ -12,17 +12,27 @@ Laws first, over every container that JAX knows; then errors by their text; then
 against NumPy in float64, derivatives worked out by hand and the real peers; last the programs.
 """
 
+from __future__ import annotations
+
 import collections
+import contextlib
 import dataclasses
 import doctest
+import importlib
 import importlib.metadata
 import itertools
+import json
 import os
-import pathlib
 import pickle
 import re
+import signal
+import socket
 import subprocess
 import sys
+import textwrap
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +41,28 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
+import bench
 import minifreeze as mf
-from minifreeze import Hole
+from minifreeze import (
+    Hole,
+    apply,
+    dataset,
+    hoist,
+    init,
+    loss_fn,
+    mask,
+    merge,
+    partition,
+    sgd_step,
+    summary,
+    train,
+    train_step,
+    warm_start,
+)
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 settings.register_profile(
     "default", max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -906,8 +932,8 @@ def test_labels_are_kept_once_however_they_are_used():
 
 PARAMS = mf.init(jax.random.key(0), [2, 3, 10])
 TRAINABLE, FROZEN = mf.partition("linear_1", PARAMS)
-X, Y = jnp.ones((4, 2)), jnp.arange(4)
-ONCE, REST = mf.hoist(mf.loss_fn, TRAINABLE, FROZEN, X, Y)
+INPUTS, LABELS = jnp.ones((4, 2)), jnp.arange(4)
+ONCE, REST = mf.hoist(mf.loss_fn, TRAINABLE, FROZEN, INPUTS, LABELS)
 
 
 def raises(error):
@@ -1199,73 +1225,75 @@ BAD_INPUT = {
         ["linear_1", "width 2", "(4, 10)"],
     ),
     "a number for a batch": (lambda: mf.apply(PARAMS, 1.0), ValueError, ["width 2", "()"]),
-    "apply on a part": (lambda: mf.apply(TRAINABLE, X), ValueError, ["merge", "linear_0/w"]),
+    "apply on a part": (lambda: mf.apply(TRAINABLE, INPUTS), ValueError, ["merge", "linear_0/w"]),
     "apply on other names": (
-        lambda: mf.apply({"layer": PARAMS["linear_0"]}, X),
+        lambda: mf.apply({"layer": PARAMS["linear_0"]}, INPUTS),
         ValueError,
         ["linear_0, linear_1", "layer"],
     ),
     "apply on a gap in the names": (
-        lambda: mf.apply({"linear_0": PARAMS["linear_0"], "linear_2": PARAMS["linear_1"]}, X),
+        lambda: mf.apply({"linear_0": PARAMS["linear_0"], "linear_2": PARAMS["linear_1"]}, INPUTS),
         ValueError,
         ["linear_2"],
     ),
-    "apply on no layer": (lambda: mf.apply({}, X), ValueError, ["linear_0"]),
+    "apply on no layer": (lambda: mf.apply({}, INPUTS), ValueError, ["linear_0"]),
     # the training
     "labels that are no integers": (
-        lambda: mf.loss_fn(TRAINABLE, FROZEN, X, jnp.ones(4)),
+        lambda: mf.loss_fn(TRAINABLE, FROZEN, INPUTS, jnp.ones(4)),
         TypeError,
         ["integers", "float32"],
     ),
     "labels of another length": (
-        lambda: mf.loss_fn(TRAINABLE, FROZEN, X, jnp.arange(3)),
+        lambda: mf.loss_fn(TRAINABLE, FROZEN, INPUTS, jnp.arange(3)),
         ValueError,
         ["(3,)", "(4, 10)"],
     ),
     "labels in a column": (
-        lambda: mf.train_step(TRAINABLE, FROZEN, X, Y[:, None]),
+        lambda: mf.train_step(TRAINABLE, FROZEN, INPUTS, LABELS[:, None]),
         ValueError,
         ["(4, 1)", "(4, 10)"],
     ),
     "integers in the trainable part": (
-        lambda: mf.train_step(jax.tree.map(lambda leaf: leaf.astype(int), TRAINABLE), FROZEN, X, Y),
+        lambda: mf.train_step(
+            jax.tree.map(lambda leaf: leaf.astype(int), TRAINABLE), FROZEN, INPUTS, LABELS
+        ),
         TypeError,
         ["'linear_1/b'", "int32"],
     ),
     "bools in the trainable part": (
         lambda: mf.train(
-            {"linear_0": Hole(), "linear_1": jnp.ones(2, bool)}, FROZEN, X[None], Y[None]
+            {"linear_0": Hole(), "linear_1": jnp.ones(2, bool)}, FROZEN, INPUTS[None], LABELS[None]
         ),
         TypeError,
         ["'linear_1'", "bool"],
     ),
     "a key in the trainable part": (
-        lambda: mf.train_step({"key": jax.random.key(0)}, FROZEN, X, Y),
+        lambda: mf.train_step({"key": jax.random.key(0)}, FROZEN, INPUTS, LABELS),
         TypeError,
         ["'key'", "key<fry>"],
     ),
     "text in the trainable part": (
-        lambda: mf.train_step({"linear_0": "text"}, FROZEN, X, Y),
+        lambda: mf.train_step({"linear_0": "text"}, FROZEN, INPUTS, LABELS),
         TypeError,
         ["linear_0", "str"],
     ),
     "nan in the trainable part, looked for": (
-        lambda: debug_nans(lambda: mf.train_step(nan_in(TRAINABLE), FROZEN, X, Y)),
+        lambda: debug_nans(lambda: mf.train_step(nan_in(TRAINABLE), FROZEN, INPUTS, LABELS)),
         FloatingPointError,
         ["nan"],
     ),
     "train_step on parts swapped at depth": (
-        lambda: mf.train_step(TRAINABLE, TRAINABLE, X, Y),
+        lambda: mf.train_step(TRAINABLE, TRAINABLE, INPUTS, LABELS),
         ValueError,
         ["'linear_0/b' is held by none"],
     ),
     "train_step on donated arrays": (
-        lambda: mf.train_step(*deleted(), X, Y),
+        lambda: mf.train_step(*deleted(), INPUTS, LABELS),
         (RuntimeError, ValueError),
         ["delete"],
     ),
     "train on batches of other lengths": (
-        lambda: mf.train(TRAINABLE, FROZEN, X[None], jnp.stack([Y, Y])),
+        lambda: mf.train(TRAINABLE, FROZEN, INPUTS[None], jnp.stack([LABELS, LABELS])),
         ValueError,
         ["2", "1"],
     ),
@@ -1288,38 +1316,42 @@ BAD_INPUT = {
     ),
     # hoisting
     "once with another shape": (
-        lambda: ONCE(FROZEN, X[:3], Y),
+        lambda: ONCE(FROZEN, INPUTS[:3], LABELS),
         ValueError,
         ["'batch/0'", "float32[4,2] in hoist", "float32[3,2] in the call"],
     ),
     "once with another dtype": (
-        lambda: ONCE(FROZEN, X, Y.astype(float)),
+        lambda: ONCE(FROZEN, INPUTS, LABELS.astype(float)),
         ValueError,
         ["'batch/1'", "int32[4] in hoist", "float32[4] in the call"],
     ),
     "once without the labels": (
-        lambda: ONCE(FROZEN, X),
+        lambda: ONCE(FROZEN, INPUTS),
         ValueError,
         ["'batch/1' is only in hoist"],
     ),
     "once on the wrong part": (
-        lambda: ONCE(TRAINABLE, X, Y),
+        lambda: ONCE(TRAINABLE, INPUTS, LABELS),
         ValueError,
         ["'frozen/linear_0/b' is float32[3] in hoist, Hole in the call"],
     ),
     "rest with less kept": (
-        lambda: REST(TRAINABLE, FROZEN, ONCE(FROZEN, X, Y)[:1]),
+        lambda: REST(TRAINABLE, FROZEN, ONCE(FROZEN, INPUTS, LABELS)[:1]),
         ValueError,
         ["'kept/1' is only in hoist"],
     ),
     "rest with parts swapped": (
-        lambda: REST(FROZEN, TRAINABLE, ONCE(FROZEN, X, Y)),
+        lambda: REST(FROZEN, TRAINABLE, ONCE(FROZEN, INPUTS, LABELS)),
         ValueError,
         ["'trainable/linear_1/w' is float32[3,10] in hoist, Hole in the call"],
     ),
-    "rest with the batch": (lambda: REST(TRAINABLE, FROZEN, (X, Y)), ValueError, ["kept/"]),
+    "rest with the batch": (
+        lambda: REST(TRAINABLE, FROZEN, (INPUTS, LABELS)),
+        ValueError,
+        ["kept/"],
+    ),
     "hoisting a loss of another batch": (
-        lambda: mf.hoist(mf.loss_fn, TRAINABLE, FROZEN, X),
+        lambda: mf.hoist(mf.loss_fn, TRAINABLE, FROZEN, INPUTS),
         TypeError,
         ["'y'"],
     ),
@@ -1524,13 +1556,2184 @@ def test_all_names_what_is_public():
     assert all(getattr(mf, name).__doc__ for name in mf.__all__)
 
 
+# [peers begin]
+# ---------------------------------------------------------------------- what the tests share
+
+SIZES = [4, 16, 16, 3]
+TRAINS = ("linear_0", "linear_2")  # the middle one is frozen
+
+
+def named_leaves(tree):
+    """Every leaf of a tree under its name."""
+    return {
+        keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in tree_flatten_with_path(tree)[0]
+    }
+
+
+def changed(before, after):
+    """The names of the leaves whose dtype, shape or bits differ."""
+    before, after = named_leaves(before), named_leaves(after)
+    assert set(before) == set(after)
+
+    def bits(leaf):
+        leaf = np.asarray(leaf)
+        return leaf.dtype, leaf.shape, leaf.tobytes()
+
+    return [name for name in before if bits(before[name]) != bits(after[name])]
+
+
+def assert_close(got, want, tolerance=1e-6):
+    """The same structure, and values as near as float32 sums in another order can be."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(tree_flatten_with_path(got)[0], jax.tree.leaves(want)):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = np.abs(b).max(initial=1)
+        np.testing.assert_allclose(a, b, tolerance, tolerance * scale, err_msg=keystr(path))
+
+
+def is_array(path, leaf):
+    return isinstance(leaf, jax.Array)
+
+
+def size_in_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def a_batch(width=4, classes=3, records=8, seed=7):
+    keys = jax.random.split(jax.random.key(seed))
+    return (
+        jax.random.normal(keys[0], (records, width)),
+        jax.random.randint(keys[1], (records,), 0, classes),
+    )
+
+
+def cross_entropy(logits, y):
+    """The mean softmax cross-entropy, from its definition."""
+    chosen = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def plain_loss(moving, still, x, y):
+    """The loss of the MLP with its layers in two plain dicts: what minifreeze is held against."""
+    layers, last = {**moving, **still}, len(moving) + len(still) - 1
+    for i in range(last + 1):
+        x = x @ layers[f"linear_{i}"]["w"] + layers[f"linear_{i}"]["b"]
+        x = x if i == last else jax.nn.relu(x)
+    return -jnp.sum(jax.nn.one_hot(y, x.shape[-1]) * jax.nn.log_softmax(x)) / y.size
+
+
+# Compiled once for all tests: compiling takes longer than anything that the tests compute.
+part_gradient = jax.jit(jax.grad(loss_fn))
+plain_gradient = jax.jit(jax.grad(plain_loss))
+
+
+def optax_steps(optimizer, params, gradient, steps, state=None):
+    """Steps with optax on any tree: (params, state)."""
+    import optax
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params) if state is None else state
+    for _ in range(steps):
+        params, state = step(params, state, gradient(params))
+    return params, state
+
+
+# ----------------------------------------------------------------- Haiku: the walk-through
+
+
+def haiku_mlp(sizes):
+    import haiku as hk
+
+    return hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP(sizes[1:])(x)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ([1, 300, 100, 10], "float32"),
+        ([3] * 2, "float32"),
+        ([3] * 12, "float32"),
+        ([3] * 12, "bfloat16"),
+        ([3] * 12, "float16"),
+    ],
+)
+@pytest.mark.parametrize("style", ["key", "PRNGKey"])
+def test_init_and_apply_are_haikus_bit_for_bit(sizes, style, dtype):
+    key = getattr(jax.random, style)(42)
+    x = jnp.linspace(-2, 2, 3 * sizes[0]).reshape(3, sizes[0]).astype(dtype)
+    network = haiku_mlp(sizes)
+    theirs = network.init(key, x)
+    ours = init(key, sizes, dtype)
+    assert changed({f"mlp/~/{layer}": leaves for layer, leaves in ours.items()}, theirs) == []
+    assert changed(jax.jit(apply)(ours, x), jax.jit(network.apply)(theirs, x)) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "frozen_modules"),
+    [
+        ("!mlp/~/linear_1", ["mlp/~/linear_1"]),
+        (("mlp/~/linear_0", "mlp/~/linear_2"), ["mlp/~/linear_1"]),
+        (["*", "!mlp/~/linear_[01]"], ["mlp/~/linear_0", "mlp/~/linear_1"]),
+        (lambda path, leaf: path[0].key == "mlp/~/linear_2", ["mlp/~/linear_0", "mlp/~/linear_1"]),
+    ],
+)
+def test_haiku_params_split_as_haiku_splits_them(where, frozen_modules):
+    import haiku as hk
+
+    params = haiku_mlp([3] * 4).init(jax.random.key(0), np.ones((2, 3), np.float32))
+    parts = partition(where, params)
+    theirs = hk.data_structures.partition(lambda module, *_: module not in frozen_modules, params)
+    for part, their_part in zip(parts, theirs):
+        assert changed(part, their_part) == []
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, merge(*parts), params))
+
+
+def test_ten_thousand_steps_are_haikus_bit_for_bit():
+    import haiku as hk
+
+    sizes, steps = [1, 300, 100, 10], 10_000
+    key = jax.random.key(42)
+    xs, ys = dataset(jax.random.key(1), steps)
+    batches = list(zip(np.asarray(xs), np.asarray(ys)))
+
+    network = haiku_mlp(sizes)
+    before = network.init(key, xs[0])
+    theirs, their_frozen = hk.data_structures.partition(
+        lambda module, *_: module != "mlp/~/linear_1", before
+    )
+
+    @jax.jit
+    def haiku_step(trainable, frozen, x, y):
+        def loss(trainable):
+            logits = network.apply(hk.data_structures.merge(trainable, frozen), x)
+            return -jnp.sum(jax.nn.one_hot(y, 10) * jax.nn.log_softmax(logits)) / y.shape[0]
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        return jax.tree.map(lambda p, g: p - g * 0.1, trainable, grads), value
+
+    start, frozen = partition("!linear_1", init(key, sizes))
+    ours, losses, their_losses = start, [], []
+    for x, y in batches:
+        theirs, loss = haiku_step(theirs, their_frozen, x, y)
+        their_losses.append(loss)
+        ours, loss = train_step(ours, frozen, x, y)
+        losses.append(loss)
+    scanned, scanned_losses = train(start, frozen, xs, ys)
+
+    assert changed({f"mlp/~/{layer}": leaves for layer, leaves in ours.items()}, theirs) == []
+    assert changed(scanned, ours) == []
+    # NumPy's stack: that of JAX would compile an operation on 10,000 arrays.
+    assert changed(np.stack(losses), np.stack(their_losses)) == []
+    assert changed(np.stack(losses), scanned_losses) == []
+    assert changed(start, ours) == list(named_leaves(start))  # and all that trains has moved
+    assert losses[-1] < 0.1 < 2 < losses[0]
+
+
+# --------------------------------------------------- the same law over everybody's models
+# A model is (tree, loss(tree, x, y), a choice of what trains, the names that it must take).
+
+
+class Affine(NamedTuple):
+    weight: Any
+    bias: Any
+
+
+@register_dataclass
+@dataclass
+class Network:
+    body: Any
+    head: Any
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.body.weight + self.body.bias) @ self.head.weight + self.head.bias
+
+
+def two_layers():
+    params = init(jax.random.key(3), SIZES)
+    return (Affine(params[layer]["w"], params[layer]["b"]) for layer in TRAINS)
+
+
+def haiku_model():
+    import haiku as hk
+
+    @hk.without_apply_rng
+    @hk.transform
+    def network(x):
+        x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(hk.nets.MLP([6, 5])(x))
+        return hk.Linear(3)(jnp.tanh(x))
+
+    params = jax.jit(network.init)(jax.random.key(0), np.ones((1, 4), np.float32))
+    taken = ["layer_norm/offset", "layer_norm/scale", "linear/b", "linear/w"]
+    where = ("layer_norm", "linear")
+    return params, lambda p, x, y: cross_entropy(network.apply(p, x), y), where, taken
+
+
+def equinox_model():
+    import equinox as eqx
+
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+
+    def loss(model, x, y):
+        return cross_entropy(jax.vmap(model)(x), y)
+
+    return model, loss, "layers/2", ["layers/2/weight", "layers/2/bias"]
+
+
+def linen_model():
+    from flax import linen as nn
+
+    network = nn.Sequential([nn.Dense(6), nn.LayerNorm(), nn.tanh, nn.Dense(3)])
+    variables = jax.jit(network.init)(jax.random.key(0), np.ones((1, 4), np.float32))
+    taken = [f"params/layers_{name}" for name in ("0/bias", "1/bias", "1/scale", "3/bias")]
+    where = ("*/bias", "params/layers_1")
+    return variables, lambda v, x, y: cross_entropy(network.apply(v, x), y), where, taken
+
+
+def frozen_dict_model():
+    from flax import core
+
+    variables, loss, where, taken = linen_model()
+    return core.freeze(variables), loss, where, taken
+
+
+def nnx_model():
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.body = nnx.Linear(4, 6, rngs=rngs)
+            self.head = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.body(x)))
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)), nnx.Param)
+
+    def loss(state, x, y):
+        return cross_entropy(nnx.merge(graph, state)(x), y)
+
+    return state, loss, "head", ["head/bias/value", "head/kernel/value"]
+
+
+def named_tuple_model():
+    def loss(layers, x, y):
+        (w0, b0), (w1, b1) = layers
+        return cross_entropy(jnp.tanh(x @ w0 + b0) @ w1 + b1, y)
+
+    return tuple(two_layers()), loss, ["1", "0/bias"], ["0/bias", "1/weight", "1/bias"]
+
+
+def dataclass_model():
+    model = Network(*two_layers())
+    return model, lambda m, x, y: cross_entropy(m(x), y), "head", ["head/weight", "head/bias"]
+
+
+MODELS = [
+    haiku_model,
+    equinox_model,
+    linen_model,
+    frozen_dict_model,
+    nnx_model,
+    named_tuple_model,
+    dataclass_model,
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_peers_model_splits_trains_and_merges(make):
+    import optax
+
+    model, loss, where, taken = make()
+    # What is no array (an activation is a leaf of an Equinox module) goes into a third part.
+    arrays, static = partition(is_array, model)
+    others = [static] if jax.tree.leaves(static) else []
+    trainable, frozen = partition(where, arrays)
+    assert list(named_leaves(trainable)) == taken
+    assert set(named_leaves(trainable)).isdisjoint(named_leaves(frozen))
+    assert [name for name, take in named_leaves(mask(where, model)).items() if take] == taken
+    for whole in (merge(trainable, frozen, *others), merge(*others, frozen, trainable)):
+        assert jax.tree.structure(whole) == jax.tree.structure(model)
+        assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(model)))
+    for name in named_leaves(arrays):
+        part = "trainable" if name in taken else "frozen"
+        (row,) = (r for r in summary(trainable=trainable, frozen=frozen).split("\n") if name in r)
+        assert row.endswith(part)
+
+    # One jitted step with the parts, and the same by hand with two plain dicts of leaves.
+    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    x, y = a_batch()
+    traces = []
+
+    @jax.jit
+    def step(trainable, state, frozen):
+        traces.append(1)
+        grads = jax.grad(lambda t: loss(merge(t, frozen, *others), x, y))(trainable)
+        updates, state = optimizer.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    leaves = named_leaves(model)
+    outline = jax.tree.structure(model)
+
+    @jax.jit
+    def step_by_hand(moving, state):
+        def full(moving):
+            return jax.tree.unflatten(outline, [{**leaves, **moving}[name] for name in leaves])
+
+        grads = jax.grad(lambda moving: loss(full(moving), x, y))(moving)
+        updates, state = optimizer.update(grads, state, moving)
+        return optax.apply_updates(moving, updates), state
+
+    moving = {name: leaves[name] for name in taken}
+    state, hand_state = optimizer.init(trainable), optimizer.init(moving)
+    assert len(jax.tree.leaves(state)) == 2 * len(taken) + 1
+    start = trainable
+    for _ in range(20):
+        trainable, state = step(trainable, state, frozen)
+        moving, hand_state = step_by_hand(moving, hand_state)
+    assert len(traces) == 1
+    after = merge(trainable, frozen, *others)
+    assert changed(arrays, partition(is_array, after)[0]) == taken
+    assert changed(start, trainable) == taken
+    assert_close(named_leaves(trainable), moving)
+
+
+# ------------------------------------------------------------------------------ Equinox
+
+
+def test_mask_serves_equinox_partition_and_parts_serve_filter_jit():
+    import equinox as eqx
+
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+    # An activation is a leaf too, and a function: it goes into neither part.
+    arrays, static = partition(lambda path, leaf: eqx.is_array(leaf), model)
+    assert jax.tree.leaves(static)
+    assert not any(eqx.is_array(leaf) for leaf in jax.tree.leaves(static))
+    trainable, frozen = partition("layers/2", arrays)
+
+    theirs, their_rest = eqx.partition(model, mask("layers/2", model))
+    assert changed(theirs, trainable) == []
+    assert {
+        name: leaf for name, leaf in named_leaves(their_rest).items() if eqx.is_array(leaf)
+    } == named_leaves(frozen)
+    x, y = a_batch()
+
+    traces = []
+
+    @eqx.filter_jit
+    def step(trainable, frozen, static, x, y):
+        traces.append(1)
+
+        def loss(trainable):
+            return cross_entropy(jax.vmap(merge(trainable, frozen, static))(x), y)
+
+        value, grads = eqx.filter_value_and_grad(loss)(trainable)
+        return sgd_step(trainable, grads), value
+
+    @eqx.filter_jit
+    def their_step(trainable, rest, x, y):
+        def loss(trainable):
+            return cross_entropy(jax.vmap(eqx.combine(trainable, rest))(x), y)
+
+        value, grads = eqx.filter_value_and_grad(loss)(trainable)
+        return jax.tree.map(lambda p, g: p - g * 0.1, trainable, grads), value
+
+    for _ in range(50):
+        trainable, loss = step(trainable, frozen, static, x, y)
+        theirs, their_loss = their_step(theirs, their_rest, x, y)
+    assert len(traces) == 1
+    assert changed(theirs, trainable) == []
+    assert changed(loss, their_loss) == []
+    after = merge(trainable, frozen, static)
+    assert isinstance(after, eqx.nn.MLP)
+    assert changed(frozen, partition("layers/2", partition(is_array, after)[0])[1]) == []
+
+
+# ----------------------------------------------------------------- every optax optimizer
+
+
+def ramp(optax):
+    return optax.warmup_cosine_decay_schedule(0.0, 3e-2, 10, 50, 1e-3)
+
+
+def clipped(optax, optimizer):
+    return optax.chain(optax.clip_by_global_norm(0.1), optimizer)
+
+
+def fast_head(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "fast" if "linear_2" in keystr(path) else "slow", params
+    )
+
+
+# Name -> (the optimizer, how many arrays as large as the parameters there are in its state).
+OPTIMIZERS = {
+    "sgd, momentum": (lambda o: o.sgd(0.1, momentum=0.9), 1),
+    "sgd, nesterov, schedule": (lambda o: o.sgd(ramp(o), momentum=0.9, nesterov=True), 1),
+    "rmsprop": (lambda o: o.rmsprop(1e-3), 1),
+    "adam": (lambda o: o.adam(1e-2), 2),
+    "adamw": (lambda o: o.adamw(1e-2, weight_decay=0.1), 2),
+    "lamb": (lambda o: o.lamb(1e-2, weight_decay=0.1), 2),
+    "lion": (lambda o: o.lion(1e-3, weight_decay=0.1), 1),
+    "adafactor": (  # its moments are rows and columns
+        lambda o: o.adafactor(1e-2, min_dim_size_to_factor=4, weight_decay_rate=0.1),
+        None,
+    ),
+    "clipped sgd": (lambda o: clipped(o, o.sgd(0.1)), 0),
+    "clipped adamw, schedule": (lambda o: clipped(o, o.adamw(ramp(o), weight_decay=0.1)), 2),
+    "clipped lion": (lambda o: clipped(o, o.lion(1e-3, weight_decay=0.1)), 1),
+    "clipped adafactor": (lambda o: clipped(o, o.adafactor(1e-2, min_dim_size_to_factor=4)), None),
+    "adam in two groups": (
+        lambda o: o.multi_transform({"slow": o.adam(1e-3), "fast": o.adam(1e-2)}, fast_head),
+        2,
+    ),
+}
+
+
+def optimizer_named(name):
+    import optax
+
+    return OPTIMIZERS[name][0](optax)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optax_optimizer_sees_only_what_trains(name):
+    optimizer, moments = optimizer_named(name), OPTIMIZERS[name][1]
+    params = init(jax.random.key(0), SIZES)
+    trainable, frozen = partition(TRAINS, params)
+    x, y = a_batch()
+
+    # The same without minifreeze: two plain dicts, one of what trains.
+    moving = {layer: dict(params[layer]) for layer in TRAINS}
+    still = {"linear_1": dict(params["linear_1"])}
+    trainable, state = optax_steps(
+        optimizer, trainable, lambda trainable: part_gradient(trainable, frozen, x, y), 50
+    )
+    moving, plain_state = optax_steps(
+        optimizer, moving, lambda moving: plain_gradient(moving, still, x, y), 50
+    )
+
+    after = merge(trainable, frozen)
+    assert changed(params, after) == ["linear_0/b", "linear_0/w", "linear_2/b", "linear_2/w"]
+    assert changed(moving, trainable) == []
+    assert changed(plain_state, state) == []  # so there is nothing more in it, nor less
+    if moments is not None:
+        arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+        assert len(arrays) == moments * len(jax.tree.leaves(trainable))
+        assert size_in_bytes(arrays) == moments * size_in_bytes(trainable)
+    if moments != 0:
+        assert size_in_bytes(state) < size_in_bytes(optimizer.init(params))
+
+
+def test_mask_serves_optax_masked():
+    import optax
+
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    grads = plain_gradient(params, {}, x, y)
+
+    # Weight decay on weights only.
+    decay = optax.masked(optax.add_decayed_weights(0.5), mask("*/w", params))
+    updates, _ = jax.jit(decay.update)(grads, decay.init(params), params)
+    assert changed(grads, updates) == ["linear_0/w", "linear_1/w", "linear_2/w"]
+    for layer in params:  # a half of a float is exact
+        w = np.asarray(grads[layer]["w"]) + np.float32(0.5) * np.asarray(params[layer]["w"])
+        assert changed(updates[layer], {"b": grads[layer]["b"], "w": w}) == []
+
+    # And state for what the mask selects only, as many bytes as for the part alone.
+    adam = optax.masked(optax.adam(1e-2), mask(TRAINS, params))
+    trainable, _ = partition(TRAINS, params)
+    assert size_in_bytes(adam.init(params)) == size_in_bytes(optax.adam(1e-2).init(trainable))
+
+
+# ------------------------------------------------------------------------------- Orbax
+
+
+@pytest.mark.parametrize("target", ["arrays", "abstract arrays"])
+def test_orbax_saves_and_restores_the_trainable_part_alone(tmp_path, target):
+    import optax
+    import orbax.checkpoint as ocp
+
+    params = init(jax.random.key(0), [4, 100, 100, 3])
+    trainable, frozen = partition("linear_2", params)
+    optimizer = optax.adamw(1e-2)
+    x, y = a_batch()
+    trainable, state = optax_steps(
+        optimizer, trainable, lambda trainable: part_gradient(trainable, frozen, x, y), 1
+    )
+
+    fresh, _ = partition("linear_2", init(jax.random.key(1), [4, 100, 100, 3]))
+    like = {"trainable": fresh, "state": optimizer.init(fresh)}
+    if target == "abstract arrays":
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "part", {"trainable": trainable, "state": state})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "part", like)
+
+    assert jax.tree.structure(restored["trainable"]) == jax.tree.structure(trainable)
+    assert isinstance(restored["trainable"]["linear_0"]["w"], Hole)
+    assert changed(trainable, restored["trainable"]) == []
+    assert changed(state, restored["state"]) == []
+    assert changed(merge(restored["trainable"], frozen), merge(trainable, frozen)) == []
+    # What trains is 3 % of the model: with its two moments still less on disk than the model.
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert written < size_in_bytes(params) / 2
+
+
+# ---------------------------------------------- warm_start: another frozen set in mid-run
+
+
+def moments_of(state):
+    """The leaves of an optimizer's state that stand for a parameter."""
+    return {name: leaf for name, leaf in named_leaves(state).items() if leaf.ndim}
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd, momentum", "adam", "adamw", "lion", "clipped adamw, schedule", "adafactor"]
+)
+def test_a_changed_frozen_set_keeps_the_surviving_moments(name):
+    optimizer = optimizer_named(name)
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+
+    trainable, frozen = partition(("linear_1", "linear_2"), params)
+    trainable, state = optax_steps(
+        optimizer, trainable, lambda trainable: part_gradient(trainable, frozen, x, y), 5
+    )
+
+    # linear_2 survives, linear_0 comes, linear_1 goes.
+    params = merge(trainable, frozen)
+    trainable, frozen = partition(("linear_0", "linear_2"), params)
+    fresh = optimizer.init(trainable)
+    warm = warm_start(fresh, state)
+    assert jax.tree.structure(warm) == jax.tree.structure(fresh)
+    old, new, start = named_leaves(state), named_leaves(warm), named_leaves(fresh)
+    survivors = [leaf for leaf in new if "linear_2" in leaf or not new[leaf].ndim]
+    newcomers = [leaf for leaf in new if "linear_0" in leaf]
+    assert sorted(survivors + newcomers) == sorted(new)
+    assert newcomers
+    assert not any("linear_1" in leaf for leaf in new)
+    assert any("linear_1" in leaf for leaf in old)
+    assert all(new[leaf] is old[leaf] for leaf in survivors)
+    assert all(new[leaf] is start[leaf] for leaf in newcomers)
+    counts = [leaf for leaf in new if not new[leaf].ndim]
+    assert all(new[leaf] == 5 for leaf in counts)
+
+    trainable, warm = optax_steps(
+        optimizer, trainable, lambda trainable: part_gradient(trainable, frozen, x, y), 5, warm
+    )
+    after = merge(trainable, frozen)
+    assert changed(params, after) == ["linear_0/b", "linear_0/w", "linear_2/b", "linear_2/w"]
+
+
+def test_warm_start_without_a_change_changes_nothing():
+    import optax
+
+    trainable, _ = partition(TRAINS, init(jax.random.key(0), SIZES))
+    optimizer = optax.adam(1e-2)
+    _, state = optax_steps(optimizer, trainable, lambda trainable: trainable, 1)
+    assert changed(state, warm_start(optimizer.init(trainable), state)) == []
+    fresh = optimizer.init(trainable)
+    assert changed(fresh, warm_start(fresh, ())) == []
+
+
+def test_gradual_unfreezing_with_adam_layer_by_layer():
+    import optax
+
+    lr, b1, b2, eps = 1e-2, 0.9, 0.999, 1e-8
+    optimizer = optax.adam(lr, b1, b2, eps)
+    params = first = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    stages = ["linear_2", ["linear_1", "linear_2"], "*"]
+    stages.append(stages[0])  # and back to the head: a frozen set that was there before
+    traces = []
+
+    @jax.jit
+    def step(trainable, state, frozen):
+        traces.append(1)
+        grads = jax.grad(loss_fn)(trainable, frozen, x, y)
+        updates, state = optimizer.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    # The same by hand: Adam's two moments a leaf, in NumPy's float64, with one count of steps.
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(params).items()}
+    moments, count = {}, 0
+    state = None
+    for stage, where in enumerate(stages):
+        trainable, frozen = partition(where, params)
+        fresh = optimizer.init(trainable)
+        old = {} if state is None else moments_of(state)
+        state = fresh if state is None else warm_start(fresh, state)
+        for name, leaf in moments_of(state).items():
+            if name in old:
+                assert changed(leaf, old[name]) == []
+            else:
+                assert not np.asarray(leaf).any()
+        assert moments_of(state).keys() == moments_of(fresh).keys()
+        assert int(state[0].count) == 20 * stage
+        names = list(named_leaves(trainable))
+        moments = {name: moments.get(name, (0.0, 0.0)) for name in names}
+        for _ in range(20):
+            trainable, state = step(trainable, state, frozen)
+            count += 1
+            tree = jax.tree.unflatten(
+                jax.tree.structure(params), [p[name].astype(np.float32) for name in p]
+            )
+            grads = named_leaves(plain_gradient(tree, {}, x, y))
+            for name in names:
+                g = np.asarray(grads[name], np.float64)
+                m, v = moments[name]
+                m, v = moments[name] = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+                p[name] -= lr * (m / (1 - b1**count)) / (np.sqrt(v / (1 - b2**count)) + eps)
+        after = merge(trainable, frozen)
+        assert changed(params, after) == [name for name in named_leaves(params) if name in names]
+        params = after
+    assert len(traces) == len(stages) - 1  # one trace a frozen set
+    for name, leaf in named_leaves(params).items():
+        np.testing.assert_allclose(leaf, p[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    before, after = (jax.jit(plain_loss)(params, {}, x, y) for params in (first, params))
+    assert after < before / 2
+
+
+def test_warm_start_from_a_checkpoint_of_a_part(tmp_path):
+    import orbax.checkpoint as ocp
+
+    body, _ = partition("!linear_2", init(jax.random.key(0), SIZES))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "body", body)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "body", jax.tree.map(jnp.zeros_like, body))
+
+    # Into a whole tree with a new head, and into the parts of another split of it.
+    fresh = init(jax.random.key(1), SIZES)
+    started = warm_start(fresh, restored)
+    assert changed(fresh, started) == ["linear_0/w", "linear_1/w"]  # biases are zero in both
+    assert changed(started["linear_1"], body["linear_1"]) == []
+    assert started["linear_2"]["w"] is fresh["linear_2"]["w"]
+    parts = [warm_start(part, restored) for part in partition("linear_1", fresh)]
+    assert changed(started, merge(*parts)) == []
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "message"),
+    [
+        (
+            5,
+            "float32",
+            "shapes and dtypes must fit: "
+            "'0/mu/linear_1/b' is float32[5] in new, float32[3] in old; "
+            "'0/mu/linear_1/w' is float32[16,5] in new, float32[16,3] in old; "
+            "'0/nu/linear_1/b' is float32[5] in new, float32[3] in old; "
+            "'0/nu/linear_1/w' is float32[16,5] in new, float32[16,3] in old",
+        ),
+        (
+            3,
+            "bfloat16",
+            "shapes and dtypes must fit: "
+            "'0/mu/linear_1/b' is bfloat16[3] in new, float32[3] in old; "
+            "'0/mu/linear_1/w' is bfloat16[16,3] in new, float32[16,3] in old; "
+            "'0/nu/linear_1/b' is bfloat16[3] in new, float32[3] in old; "
+            "'0/nu/linear_1/w' is bfloat16[16,3] in new, float32[16,3] in old",
+        ),
+    ],
+)
+def test_warm_start_refuses_a_state_that_does_not_fit(width, dtype, message):
+    import optax
+
+    def adam_state(width, dtype):  # of an MLP of two layers, its head trained
+        zeros = {"b": np.zeros(width, dtype), "w": np.zeros((16, width), dtype)}
+        return optax.adam(1e-2).init({"linear_0": {"b": Hole(), "w": Hole()}, "linear_1": zeros})
+
+    old, new = adam_state(3, "float32"), adam_state(width, jnp.dtype(dtype))
+    with pytest.raises(ValueError, match="shapes and dtypes") as error:
+        warm_start(new, old)
+    assert str(error.value) == message
+
+
+# --------------------------------------------------------------- ways to freeze that go wrong
+# Each shows that the trap is there in the real optax, and that it is not there with the parts.
+
+
+def distance(before, after):
+    """The Euclidean one between two trees, in float64."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after))
+    return np.sqrt(sum(np.sum(np.subtract(b, a, dtype=np.float64) ** 2) for a, b in pairs))
+
+
+def test_trap_stop_gradient_with_adamw():
+    import optax
+
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    adamw = optax.adamw(1e-2, weight_decay=0.1)
+
+    @jax.jit
+    @jax.grad
+    def stopped_gradient(params):
+        params = {**params, "linear_1": jax.lax.stop_gradient(params["linear_1"])}
+        return plain_loss(params, {}, x, y)
+
+    assert not np.asarray(stopped_gradient(params)["linear_1"]["w"]).any()
+    after, _ = optax_steps(adamw, params, stopped_gradient, 5)
+    assert "linear_1/w" in changed(params, after)  # by the decay, and nothing else
+    decayed = np.asarray(params["linear_1"]["w"]) * (1 - 1e-2 * 0.1) ** 5
+    np.testing.assert_allclose(after["linear_1"]["w"], decayed, rtol=1e-6)
+
+    trainable, frozen = partition("!linear_1", params)
+    trainable, _ = optax_steps(adamw, trainable, lambda t: part_gradient(t, frozen, x, y), 5)
+    trained = ["linear_0/b", "linear_0/w", "linear_2/b", "linear_2/w"]
+    assert changed(params, merge(trainable, frozen)) == trained
+
+
+@pytest.mark.parametrize("name", ["sgd, momentum", "adam"])
+def test_trap_zeroed_gradients_under_momentum(name):
+    optimizer = optimizer_named(name)
+    x, y = a_batch()
+    params, state = optax_steps(
+        optimizer,
+        init(jax.random.key(0), SIZES),
+        lambda params: plain_gradient(params, {}, x, y),
+        5,
+    )
+
+    def zeroed(params):
+        grads = plain_gradient(params, {}, x, y)
+        return {**grads, "linear_1": jax.tree.map(np.zeros_like, grads["linear_1"])}
+
+    drifted, _ = optax_steps(optimizer, params, zeroed, 5, state)
+    assert {"linear_1/b", "linear_1/w"} < set(changed(params, drifted))
+    np.testing.assert_array_less(1e-3, distance(params["linear_1"], drifted["linear_1"]))
+
+    trainable, frozen = partition("!linear_1", params)
+    warm = warm_start(optimizer.init(trainable), state)
+    trainable, _ = optax_steps(
+        optimizer, trainable, lambda t: part_gradient(t, frozen, x, y), 5, warm
+    )
+    after = merge(trainable, frozen)
+    assert changed(params, after) == ["linear_0/b", "linear_0/w", "linear_2/b", "linear_2/w"]
+
+
+def test_trap_optax_masked_alone():
+    import optax
+
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    grads = plain_gradient(params, {}, x, y)
+    masked = optax.masked(optax.adam(1e-2), mask("!linear_1", params))
+    after, _ = optax_steps(masked, params, lambda _: grads, 1)
+    # The raw gradient arrives as the update, and is added: uphill, with a step size of one.
+    assert "linear_1/w" in changed(params, after)
+    uphill = jax.tree.map(np.add, *map(jax.device_get, (params["linear_1"], grads["linear_1"])))
+    assert changed(uphill, after["linear_1"]) == []
+
+    trainable, frozen = partition("!linear_1", params)
+    adam = optax.adam(1e-2)
+    trainable, _ = optax_steps(adam, trainable, lambda t: part_gradient(t, frozen, x, y), 1)
+    assert changed(params["linear_1"], merge(trainable, frozen)["linear_1"]) == []
+
+
+def test_trap_clipping_counts_frozen_gradients():
+    import optax
+
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    grads = plain_gradient(params, {}, x, y)
+
+    zero = jax.tree.map(np.zeros_like, params)
+    head = distance(zero["linear_2"], grads["linear_2"])
+    everything = distance(zero, grads)
+    limit = float(head) / 2
+    assert everything > 1.2 * head
+    frozen_to_zero = optax.chain(
+        optax.clip_by_global_norm(limit),
+        optax.sgd(1.0),
+        optax.masked(optax.set_to_zero(), mask("!linear_2", params)),
+    )
+    after, _ = optax_steps(frozen_to_zero, params, lambda _: grads, 1)
+    assert changed(params, after) == ["linear_2/b", "linear_2/w"]
+    moved = distance(params, after)
+    np.testing.assert_allclose(moved, limit * head / everything, rtol=1e-4)  # too short
+
+    trainable, frozen = partition("linear_2", params)
+    clipped = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
+    stepped, _ = optax_steps(clipped, trainable, lambda t: part_gradient(t, frozen, x, y), 1)
+    moved = distance(trainable, stepped)
+    np.testing.assert_allclose(moved, limit, rtol=1e-4)  # as long as the limit says
+
+
+def test_trap_substring_matching():
+    import haiku as hk
+    import optax
+
+    params = init(jax.random.key(0), [3] * 13)  # linear_0 .. linear_11
+    tenth = {"linear_10/b", "linear_10/w", "linear_11/b", "linear_11/w"}
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "train" if "linear_1" in keystr(path) else "freeze", params
+    )
+    optimizer = optax.multi_transform(
+        {"train": optax.sgd(0.1), "freeze": optax.set_to_zero()}, labels
+    )
+    after, _ = optax_steps(optimizer, params, lambda params: jax.tree.map(np.ones_like, params), 1)
+    assert set(changed(params, after)) == {"linear_1/b", "linear_1/w"} | tenth
+    theirs, _ = hk.data_structures.partition(lambda module, *_: "linear_1" in module, params)
+    assert set(named_leaves(theirs)) == {"linear_1/b", "linear_1/w"} | tenth
+
+    trainable, _ = partition("linear_1", params)
+    assert list(named_leaves(trainable)) == ["linear_1/b", "linear_1/w"]
+    assert tenth < set(named_leaves(partition("linear_1*", params)[0]))  # for who asks for it
+
+
+def test_trap_pattern_that_matches_nothing():
+    import optax
+
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    typo = jax.tree_util.tree_map_with_path(lambda path, _: "linear1" in keystr(path), params)
+    optimizer = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), typo))
+    after, _ = optax_steps(optimizer, params, lambda p: plain_gradient(p, {}, x, y), 1)
+    assert {"linear_1/b", "linear_1/w"} < set(changed(params, after))  # and nobody has said so
+
+    for where in ("linear1", "!linear1", ["*", "!linear1"]):
+        for function in (partition, mask):
+            with pytest.raises(ValueError, match="matches no leaf") as error:
+                function(where, params)
+            pattern = where if isinstance(where, str) else where[-1]
+            assert str(error.value).startswith(
+                f"pattern {pattern!r} matches no leaf; 6 of 6 names, nearest first: ["
+            )
+            assert "'linear_1/w'" in str(error.value)
+
+
+def test_trap_optimizer_state_for_frozen_leaves():
+    import optax
+
+    params = init(jax.random.key(0), [4, 100, 100, 3])
+    trainable, _ = partition("linear_2", params)
+    adam = optax.adam(1e-2)
+    frozen_to_zero = optax.chain(adam, optax.masked(optax.set_to_zero(), mask("!linear_2", params)))
+    stopped = adam  # what stop_gradient leaves to the optimizer: the whole tree
+    whole = 4 * (4 * 100 + 100 + 100 * 100 + 100 + 100 * 3 + 3)
+    head = 4 * (100 * 3 + 3)
+    count = 4
+    assert size_in_bytes(frozen_to_zero.init(params)) == 2 * whole + count  # 87,228 bytes
+    assert size_in_bytes(stopped.init(params)) == 2 * whole + count
+    assert size_in_bytes(adam.init(trainable)) == 2 * head + count  # 2,428 bytes
+    assert len(jax.tree.leaves(adam.init(trainable))) == 2 * 2 + 1
+
+
+def test_trap_donating_the_split():
+    params = init(jax.random.key(0), SIZES)
+    x, y = a_batch()
+    trainable, frozen = partition("linear_2", params)
+    step = jax.jit(train_step.__wrapped__, donate_argnums=0)
+    step(trainable, frozen, x, y)
+    deleted = [name for name, leaf in named_leaves(params).items() if leaf.is_deleted()]
+    assert deleted == ["linear_2/b", "linear_2/w"]  # the original tree is gone, in part
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(params["linear_2"]["w"])
+
+    # No function of the module donates; who wants to donates a copy of what trains.
+    params = init(jax.random.key(0), SIZES)
+    trainable, frozen = partition("linear_2", params)
+    train_step(trainable, frozen, x, y)
+    train(trainable, frozen, x[None], y[None])
+    once, rest = hoist(loss_fn, trainable, frozen, x, y)
+    jax.jit(jax.grad(rest))(trainable, frozen, jax.jit(once)(frozen, x, y))
+    sgd_step(trainable, trainable)
+    warm_start(params, trainable)
+    copy = jax.tree.map(jnp.copy, trainable)
+    stepped, _ = step(copy, frozen, x, y)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, trainable, frozen)))
+    assert changed(params, merge(stepped, frozen)) == ["linear_2/b", "linear_2/w"]
+
+
+# ------------------------------------------------------------------ hoist, on real networks
+
+
+def assert_hoists(fn, trainable, frozen, *batch, has_aux=False, bitwise=False):
+    """rest after once is fn, in values and gradients; gives (once, rest, kept).
+
+    Under jit, and for other values than it was made with; made with abstract arrays.
+    """
+    abstract = jax.eval_shape(lambda *args: args, trainable, frozen, *batch)
+    once, rest = hoist(fn, *abstract)
+    kept = jax.jit(once)(frozen, *batch)
+    assert isinstance(kept, tuple)
+    assert all(isinstance(array, jax.Array) for array in kept)
+    want = jax.jit(jax.value_and_grad(fn, has_aux=has_aux))(trainable, frozen, *batch)
+    got = jax.jit(jax.value_and_grad(rest, has_aux=has_aux))(trainable, frozen, kept)
+    if bitwise:
+        assert changed(want, got) == []
+    else:
+        assert_close(got, want)
+    return once, rest, kept
+
+
+def shapes(arrays):
+    return sorted(array.shape for array in arrays)
+
+
+def equations(fn, *args):
+    """The names of all operations in the jaxpr of a call, inner jaxprs too."""
+    names = []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            names.append(eqn.primitive.name)
+            for param in jax.tree.leaves(
+                list(eqn.params.values()),
+                is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+            ):
+                inner = getattr(param, "jaxpr", param)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(fn)(*args).jaxpr)
+    return names
+
+
+CHOICES = {
+    "the head": "linear_3",
+    "the last two": ("linear_2", "linear_3"),
+    "a middle one and the last": ("linear_1", "linear_3"),
+    "all biases": "*/b",
+    "all weights": "*/w",
+    "everything": "*",
+    "nothing": lambda path, leaf: False,
+}
+# At least so many matrix products are left in the gradient of rest, and no more: for every
+# layer from the first that trains on, forward; the weight's and the input's gradient, backward.
+PRODUCTS = {
+    "the head": 1 + 1,
+    "the last two": 2 + 2 + 1,
+    "a middle one and the last": 3 + 2 + 2,
+    "all biases": 3 + 3,  # the product before the first trained bias is in once
+    "all weights": 4 + 4 + 3,
+    "everything": 4 + 4 + 3,
+    "nothing": 0,
+}
+FORMS = {
+    "plain": loss_fn,
+    "jitted": jax.jit(loss_fn),
+    "twice jitted": jax.jit(lambda *args: jax.jit(loss_fn)(*args)),
+    "rematerialised": jax.checkpoint(loss_fn),
+}
+
+
+def an_mlp(where, sizes=(3, 5, 5, 5, 4)):
+    """A batch and the parts of an MLP whose biases are not zero."""
+    draw = np.random.default_rng(0).standard_normal
+    params = {
+        f"linear_{i}": {"b": draw(n).astype("float32"), "w": draw((m, n)).astype("float32")}
+        for i, (m, n) in enumerate(pairwise(sizes))
+    }
+    x, y = draw((7, sizes[0])).astype("float32"), np.arange(7, dtype="int32") % sizes[-1]
+    return *partition(where, jax.tree.map(jnp.asarray, params)), jnp.asarray(x), jnp.asarray(y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_hoist_is_the_mlps_loss_and_gradient_bit_for_bit(choice, form):
+    trainable, frozen, x, y = an_mlp(CHOICES[choice])
+    _, rest, kept = assert_hoists(FORMS[form], trainable, frozen, x, y, bitwise=True)
+    assert size_in_bytes(kept) <= 7 * 5 * 4 + size_in_bytes(y)  # one layer's features, labels
+    if form != "rematerialised":  # which is one operation, run again with its inputs
+        products = equations(jax.grad(rest), trainable, frozen, kept).count("dot_general")
+        assert products == PRODUCTS[choice]
+
+
+def equinox_network():
+    import equinox as eqx
+
+    model = eqx.nn.MLP(4, 3, 8, 3, activation=jax.nn.gelu, key=jax.random.key(0))
+    arrays, static = partition(is_array, model)
+
+    def loss(trainable, frozen, x, y):
+        return cross_entropy(jax.vmap(merge(trainable, frozen, static))(x), y)
+
+    return loss, *partition("layers/3", arrays), 8
+
+
+def equinox_filter_jit_network():
+    import equinox as eqx
+
+    loss, *rest = equinox_network()
+    return eqx.filter_jit(loss), *rest
+
+
+def haiku_network():
+    import haiku as hk
+
+    @hk.without_apply_rng
+    @hk.transform
+    def network(x):
+        x = jax.nn.elu(hk.nets.MLP([16, 8])(x))
+        return hk.Linear(3)(hk.LayerNorm(-1, create_scale=True, create_offset=True)(x))
+
+    params = jax.jit(network.init)(jax.random.key(0), np.ones((1, 4), np.float32))
+
+    def loss(trainable, frozen, x, y):
+        return cross_entropy(network.apply(merge(trainable, frozen), x), y)
+
+    return loss, *partition("linear", params), 8
+
+
+def linen_network():
+    from flax import linen as nn
+
+    network = nn.Sequential(
+        [nn.Dense(16), nn.LayerNorm(), nn.gelu, nn.Dense(8), nn.LayerNorm(), nn.Dense(3)]
+    )
+    variables = jax.jit(network.init)(jax.random.key(0), np.ones((1, 4), np.float32))
+
+    def loss(trainable, frozen, x, y):
+        return cross_entropy(network.apply(merge(trainable, frozen), x), y)
+
+    return loss, *partition("params/layers_5", variables), 8
+
+
+def nnx_network():
+    model, loss, where, _ = nnx_model()
+    return (lambda t, f, x, y: loss(merge(t, f), x, y)), *partition(where, model), 6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        equinox_network,
+        equinox_filter_jit_network,
+        haiku_network,
+        linen_network,
+        nnx_network,
+    ],
+)
+def test_hoist_keeps_the_features_of_a_peers_network(make):
+    loss, trainable, frozen, width = make()
+    x, y = a_batch()
+    once, rest, kept = assert_hoists(loss, trainable, frozen, x, y)
+    assert sum(array.shape == (8, width) for array in kept) == 1
+    assert size_in_bytes(kept) <= 8 * width * 4 + size_in_bytes(y)
+    assert equations(jax.grad(rest), trainable, frozen, kept).count("dot_general") == 2
+    # With other parameters and another batch of the same shapes.
+    trainable, frozen = jax.tree.map(lambda leaf: leaf * 0.7 + 0.1, (trainable, frozen))
+    x, y = a_batch(seed=8)
+    got = jax.jit(rest)(trainable, frozen, jax.jit(once)(frozen, x, y))
+    assert_close(got, jax.jit(loss)(trainable, frozen, x, y))
+
+
+# ------------------------------------------------------------- hoist, on all kinds of functions
+# Each row: fn, trainable, frozen, batch, and the shapes that must be kept.
+
+
+def draws(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+X, BODY, HEAD = draws(8, 4), draws(4, 6), draws(6, 3)
+
+
+def scanned_body(head, body, x):
+    x, layers = x @ body["first"], body["layers"]
+    x, means = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x.mean()), x, layers)
+    return jnp.sum((x @ head) ** 2) + jnp.sum(means)
+
+
+def scanned_head(layers, first, x):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), jnp.tanh(x @ first), layers)
+    return jnp.sum(x**2)
+
+
+def conditional_body(head, body, x, flag):
+    x = jax.lax.cond(flag, lambda x: jnp.tanh(x @ body), lambda x: jnp.sin(x @ body), x)
+    return jnp.sum((x @ head) ** 2)
+
+
+def conditional_head(head, body, x, flag):
+    x = jnp.tanh(x @ body)
+    x = jax.lax.cond(flag, lambda x: x @ head, lambda x: 2 * x @ head, x)
+    return jnp.sum(x**2)
+
+
+def switched_body(head, body, x, i):
+    x = jax.lax.switch(i, [jnp.tanh, jnp.sin, jax.nn.relu], x @ body)
+    return jnp.sum((x @ head) ** 2)
+
+
+def while_body(head, body, x):
+    _, x = jax.lax.while_loop(
+        lambda state: state[0] < 3, lambda state: (state[0] + 1, jnp.tanh(state[1])), (0, x @ body)
+    )
+    return jnp.sum((x @ head) ** 2)
+
+
+def fori_head(head, body, x):
+    x = jnp.tanh(x @ body)
+    return jax.lax.fori_loop(0, 3, lambda i, total: total + jnp.sum((x @ head) ** i), 0.0)
+
+
+def with_lookup(head, table, tokens):
+    return jnp.sum((table[tokens].mean(1) @ head) ** 2)
+
+
+def with_remat(head, body, x):
+    x = jax.checkpoint(lambda body, x: jnp.tanh(x @ body))(body, x)
+    return jnp.sum((x @ head) ** 2)
+
+
+def with_remat_across(head, body, x):
+    @jax.checkpoint
+    def layers(head, body, x):
+        return jnp.tanh(jnp.tanh(x @ body) @ head)
+
+    return jnp.sum(layers(head, body, x) ** 2)
+
+
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.round(x)
+
+
+straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (3.0 * g,))
+
+
+@jax.custom_jvp
+def softsign(x):
+    return x / (1 + jnp.abs(x))
+
+
+softsign.defjvp(lambda x, dx: (softsign(*x), dx[0] * 5.0))
+
+
+def with_custom_vjp(head, body, x):
+    return jnp.sum(straight_through(straight_through(3 * x @ body) @ head) ** 2)
+
+
+def with_custom_jvp(head, body, x):
+    return jnp.sum(softsign(softsign(x @ body) @ head) ** 2)
+
+
+def with_dict_batch(head, body, batch):
+    features = jnp.tanh(batch["image"] @ body)
+    return jnp.sum(batch["weight"][:, None] * (features @ head) ** 2)
+
+
+def with_dropout(head, body, x, key):
+    x = jnp.tanh(x @ body)
+    x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x / 0.5, 0)
+    return jnp.sum((x @ head) ** 2)
+
+
+def with_fresh_dropout(head_and_key, body, x):
+    return with_dropout(head_and_key["head"], body, x, head_and_key["key"])
+
+
+def with_noise_in_frozen(head, body_and_key, x):
+    noise = jax.random.normal(body_and_key["key"], BODY.shape)
+    return jnp.sum((jnp.tanh(x @ (body_and_key["body"] + noise)) @ head) ** 2)
+
+
+def with_inner_gradient(head, body, x):
+    slope = jax.vmap(jax.grad(lambda row: jnp.sum(jnp.tanh(row @ body) ** 2)))(x)
+    return jnp.sum((slope @ body @ head) ** 2)
+
+
+def with_inner_vmap(head, body, x):
+    return jnp.sum(jax.vmap(jax.jit(lambda row: jnp.tanh(row @ body) @ head))(x) ** 2)
+
+
+def jitted_at_three_depths(head, body, x):
+    layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    network = jax.jit(lambda head, body, x: jax.jit(layer)(body, x) @ head)
+    return jnp.sum(jax.jit(network)(head, body, x) ** 2)
+
+
+def tied(head, body, x):
+    return jnp.sum((jnp.tanh(x @ body) @ head @ head.T) ** 2)
+
+
+def everything_from_the_batch(head, body, x):
+    return jnp.sum(jnp.tanh(x @ body))
+
+
+def nothing_from_the_batch(head, body):
+    return jnp.sum((body @ head) ** 2)
+
+
+def two_branches(head, body, x, z):
+    return jnp.sum((jnp.tanh(x @ body) @ head) ** 2) * jnp.sum(jnp.sin(z @ body) @ head)
+
+
+TOKENS = np.arange(24, dtype="int32").reshape(8, 3) % 11
+STACKED = {"first": BODY, "layers": draws(3, 6, 6)}
+ROWS = {"image": X, "weight": draws(8), "unused": draws(1000)}
+KINDS = {
+    # The mean over the scan's means is done too.
+    "scan over frozen layers": (scanned_body, HEAD, STACKED, [X], [(), (8, 6)]),
+    "scan over layers that train": (scanned_head, draws(3, 6, 6), BODY, [X], [(8, 6)]),
+    "cond in the body": (conditional_body, HEAD, BODY, [X, np.asarray(False)], [(8, 6)]),
+    "cond in the head": (conditional_head, HEAD, BODY, [X, np.asarray(True)], [(), (8, 6)]),
+    "switch in the body": (switched_body, HEAD, BODY, [X, np.asarray(1, "int32")], [(8, 6)]),
+    "while in the body": (while_body, HEAD, BODY, [X], [(8, 6)]),
+    "fori_loop in the head": (fori_head, HEAD, BODY, [X], [(8, 6)]),
+    "embedding": (with_lookup, HEAD, draws(11, 6), [TOKENS], [(8, 6)]),
+    "remat in the body": (with_remat, HEAD, BODY, [X], [(8, 6)]),
+    "remat across": (with_remat_across, HEAD, BODY, [X], [(8, 4)]),
+    "custom_vjp": (with_custom_vjp, HEAD, BODY, [X], [(8, 6)]),
+    "custom_jvp": (with_custom_jvp, HEAD, BODY, [X], [(8, 6)]),
+    "dict batch": (with_dict_batch, HEAD, BODY, [ROWS], [(8,), (8, 6)]),
+    "inner gradient": (with_inner_gradient, HEAD, BODY, [X], [(8, 6)]),
+    "inner vmap": (with_inner_vmap, HEAD, BODY, [X], [(8, 6)]),
+    "jits in jits": (jitted_at_three_depths, HEAD, BODY, [X], [(8, 6)]),
+    "tied weights": (tied, HEAD, BODY, [X], [(8, 6)]),
+    "all of it hoisted": (everything_from_the_batch, HEAD, BODY, [X], [()]),
+    "no batch": (nothing_from_the_batch, HEAD, draws(6, 6), [], []),
+    "two inputs": (two_branches, HEAD, BODY, [X, draws(2, 4)], [(2, 6), (8, 6)]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hoist_is_right_for(kind):
+    fn, *arguments, want = KINDS[kind]
+    trainable, frozen, batch = jax.tree.map(jnp.asarray, arguments)
+    once, rest, kept = assert_hoists(fn, trainable, frozen, *batch)
+    assert shapes(kept) == want
+    # Nothing is baked in: other values of the same shapes, in every argument.
+    trainable, frozen = jax.tree.map(lambda leaf: 0.5 * leaf + 0.1, (trainable, frozen))
+    batch = jax.tree.map(lambda leaf: ~leaf if leaf.dtype == bool else leaf // 2, batch)
+    got = jax.jit(jax.grad(rest))(trainable, frozen, jax.jit(once)(frozen, *batch))
+    assert_close(got, jax.jit(jax.grad(fn))(trainable, frozen, *batch))
+
+
+@pytest.mark.parametrize("style", [jax.random.key, jax.random.PRNGKey])
+def test_hoist_and_random_keys(style):
+    head, body, x = map(jnp.asarray, (HEAD, BODY, X))
+    # A dropout key in the batch: the mask is drawn once, and fixed with the batch.
+    once, rest, kept = assert_hoists(with_dropout, head, body, x, style(1))
+    assert shapes(kept) == [(8, 6)]
+    assert not {"random_bits", "threefry2x32"} & set(equations(rest, head, body, kept))
+    other = once(body, x, style(2))
+    assert_close(rest(head, body, other), with_dropout(head, body, x, style(2)))
+    assert rest(head, body, other) != rest(head, body, kept)
+
+    # Handed in with what trains, it is fresh at every step.
+    trains = {"head": head, "key": style(1)}
+    once, rest = hoist(with_fresh_dropout, trains, body, x)
+    kept = once(body, x)
+    assert shapes(kept) == [(8, 6)]
+    for seed in (1, 2, 3):
+        trains = {"head": head, "key": style(seed)}
+        assert_close(rest(trains, body, kept), with_fresh_dropout(trains, body, x))
+
+    # A key among the frozen leaves is like any of them, and a key can be kept and returned.
+    frozen = {"body": body, "key": style(1)}
+    _, _, kept = assert_hoists(with_noise_in_frozen, head, frozen, x)
+    assert shapes(kept) == [(8, 6)]
+    once, rest = hoist(lambda head, _, key: (head, jax.random.split(key)), head, (), style(5))
+    _, keys = rest(head, (), once((), style(5)))
+    want = jax.random.split(style(5))
+    assert changed(jax.random.key_data(keys), jax.random.key_data(want)) == []
+
+
+def test_hoist_and_closures():
+    table = jnp.asarray(draws(5, 6, seed=9))
+    head, body, x = map(jnp.asarray, (HEAD, BODY, X))
+
+    def loss(head, body, x):
+        return jnp.sum((jnp.tanh(x @ body + table.sum(0)) @ head) ** 2) + table.mean()
+
+    _, _, kept = assert_hoists(loss, head, body, x)
+    assert shapes(kept) == [(8, 6)]
+
+    @jax.jit
+    def split_inside(scale, head, body, x):  # a closure over a tracer
+        def loss(head, body, x):
+            return jnp.sum((jnp.tanh(x @ body * scale) @ head) ** 2) * scale
+
+        once, rest = hoist(loss, head, body, x)
+        return loss(head, body, x), rest(head, body, once(body, x))
+
+    want, got = split_inside(1.5, head, body, x)
+    assert_close(got, want)
+
+
+def test_hoist_gives_the_outputs_that_the_function_gives():
+    head, body, x = map(jnp.asarray, (HEAD, BODY, X))
+
+    def loss(head, body, x):
+        features = jnp.tanh(x @ body)
+        logits = features @ head
+        aux = {"logits": logits, "features": [features, features], "inputs": (x, body, head)}
+        return jnp.sum(logits**2), {**aux, "none": None, "hole": Hole(), "three": 3, "half": 0.5}
+
+    once, rest, kept = assert_hoists(loss, head, body, x, has_aux=True)
+    assert shapes(kept) == [(8, 4), (8, 6)]  # the batch itself, for it is an output
+    value, aux = rest(head, body, once(body, x))
+    want = loss(head, body, x)
+    assert jax.tree.structure((value, aux)) == jax.tree.structure(want)
+    assert int(aux["three"]) == 3
+    assert aux["half"] == 0.5
+    for fn in (lambda t, f, x: x, lambda t, f, x: (t, f), lambda t, f, x: 7.0, lambda t, f, x: ()):
+        once, rest = hoist(fn, head, body, x)
+        got, want = rest(head, body, once(body, x)), fn(head, body, x)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        assert all(map(jnp.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("integer", [True, False])
+def test_hoist_keeps_labels_not_their_one_hot_rows(integer, smoothing):
+    import optax
+
+    trainable, frozen, x, y = an_mlp("linear_3", (4, 16, 16, 16, 100))
+
+    def loss(trainable, frozen, x, y):
+        logits = apply(merge(trainable, frozen), x)
+        if integer:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean() + smoothing * jnp.mean(logits**2)
+        targets = optax.smooth_labels(jax.nn.one_hot(y, 100), smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    _, rest, kept = assert_hoists(loss, trainable, frozen, x, y)
+    assert (7, 16) in shapes(kept)
+    assert size_in_bytes(kept) <= 7 * 16 * 4 + size_in_bytes(y)
+    assert equations(jax.grad(rest), trainable, frozen, kept).count("dot_general") == 2
+
+
+def test_hoist_never_keeps_a_weight():
+    def loss(head, body, x):
+        first = body["int8"].astype(jnp.float32) * body["scale"]  # dequantised
+        last = body["direction"] / jnp.linalg.norm(body["direction"], axis=0)  # normalised
+        twice = last @ last.T  # a product of frozen leaves alone
+        x = jnp.tanh(x @ first) @ head
+        return jnp.sum(jnp.tanh(x @ twice + body["bias"]) ** 2) + jnp.sum(first)
+
+    body = {
+        "int8": jnp.asarray(100 * BODY, jnp.int8),
+        "scale": jnp.asarray(0.01 + draws(6) ** 2),
+        "direction": jnp.asarray(draws(3, 3)),
+        "bias": jnp.asarray(draws(3)),
+    }
+    head, x = jnp.asarray(HEAD), jnp.asarray(X)
+    once, rest, kept = assert_hoists(loss, head, body, x)
+    assert shapes(kept) == [(8, 6)]
+    assert equations(once, body, x).count("dot_general") == 1
+    assert equations(rest, head, body, kept).count("dot_general") == 3
+    # And where a weight goes out as it came in, it comes from the frozen part.
+    _, _, kept = assert_hoists(lambda *args: (loss(*args), args[1]), head, body, x, has_aux=True)
+    assert shapes(kept) == [(8, 6)]
+
+
+def test_hoist_reads_shapes_only():
+    def spec(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def calls(head, body, x):
+        traces.append(1)
+        return jnp.sum(jnp.tanh(x @ body) @ head)
+
+    traces = []
+    large = spec(10**6, 10**6), spec(10**6, 10**6), spec(10**6, 10**6)  # 4 TB each
+    once, rest = hoist(calls, *large)
+    (kept,) = jax.eval_shape(once, *large[1:])
+    assert kept.shape == (10**6, 10**6)
+    assert jax.eval_shape(rest, *large[:2], (kept,)).shape == ()
+    assert len(traces) == 1  # the function is not called again
+
+
+@pytest.mark.parametrize("form", ["plain", "jitted", "twice jitted"])
+def test_hoist_saves_the_flops_of_the_frozen_prefix(form):
+    params = jax.eval_shape(lambda key: init(key, [256, 256, 256, 256, 10]), jax.random.key(0))
+    trainable, frozen = partition("linear_3", params)
+    x, y = jax.ShapeDtypeStruct((64, 256), "float32"), jax.ShapeDtypeStruct((64,), "int32")
+    once, rest = hoist(FORMS[form], trainable, frozen, x, y)
+    kept = jax.eval_shape(once, frozen, x, y)
+    assert size_in_bytes(kept) <= 64 * 256 * 4 + size_in_bytes(y)
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    product = 2 * 64 * 256 * 10  # forward; the weight's gradient costs the same
+    assert flops(jax.grad(rest), trainable, frozen, kept) < 2 * (2 * product)
+    assert flops(jax.grad(loss_fn), trainable, frozen, x, y) > 3 * (2 * 64 * 256 * 256)
+
+
+def test_once_and_rest_are_ordinary_jax_functions():
+    trainable, frozen, x, y = an_mlp("linear_3")
+    xs, ys = jnp.stack([x, x + 1, 2 * x]), jnp.stack([y, y[::-1], y])
+    once, rest = hoist(loss_fn, trainable, frozen, x, y)
+    epochs = 4
+
+    @jax.jit
+    def hoisted(trainable, frozen, xs, ys):
+        features = jax.lax.map(lambda batch: once(frozen, *batch), (xs, ys))
+
+        def step(trainable, kept):
+            loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
+            return sgd_step(trainable, grads), loss
+
+        def epoch(trainable, _):
+            return jax.lax.scan(step, trainable, features)
+
+        return jax.lax.scan(epoch, trainable, None, epochs)
+
+    got, losses = hoisted(trainable, frozen, xs, ys)
+    want = trainable
+    for epoch in range(epochs):
+        want, wanted_losses = train(want, frozen, xs, ys)
+        assert_close(losses[epoch], wanted_losses)
+    assert_close(got, want, 1e-5)
+    assert changed(trainable, got) == ["linear_3/b", "linear_3/w"]
+
+    @jax.jit
+    def transformed(trainable, frozen, xs, ys):
+        x, y, direction = xs[0], ys[0], jax.tree.map(jnp.ones_like, trainable)
+        heads = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), trainable)
+        kept, features = once(frozen, x, y), jax.vmap(once, (None, 0, 0))(frozen, xs, ys)
+
+        def composed(trainable, frozen):
+            return rest(trainable, frozen, once(frozen, x, y))
+
+        def whole(trainable, frozen):
+            return loss_fn(trainable, frozen, x, y)
+
+        def hvp(fn, *args):
+            return jax.jvp(lambda t: jax.grad(fn)(t, *args), (trainable,), (direction,))[1]
+
+        return {
+            "once vmapped is once mapped": (
+                features,
+                jax.lax.map(lambda batch: once(frozen, *batch), (xs, ys)),
+            ),
+            "many batches": (
+                jax.vmap(rest, (None, None, 0))(trainable, frozen, features),
+                jax.vmap(loss_fn, (None, None, 0, 0))(trainable, frozen, xs, ys),
+            ),
+            "many heads": (
+                jax.vmap(jax.grad(rest), (0, None, None))(heads, frozen, kept),
+                jax.vmap(jax.grad(loss_fn), (0, None, None, None))(heads, frozen, x, y),
+            ),
+            "gradient in the frozen part too": (
+                jax.grad(composed, (0, 1))(trainable, frozen),
+                jax.grad(whole, (0, 1))(trainable, frozen),
+            ),
+            "second derivative": (hvp(rest, frozen, kept), hvp(loss_fn, frozen, x, y)),
+            "rematerialised": (
+                jax.grad(jax.checkpoint(rest))(trainable, frozen, kept),
+                jax.grad(loss_fn)(trainable, frozen, x, y),
+            ),
+            "hoisted once more": (
+                hoisted_again(trainable, frozen, kept),
+                loss_fn(trainable, frozen, x, y),
+            ),
+        }
+
+    def hoisted_again(trainable, frozen, kept):
+        again, last = hoist(rest, trainable, frozen, kept)
+        return last(trainable, frozen, again(frozen, kept))
+
+    for _, (got, want) in sorted(transformed(trainable, frozen, xs, ys).items()):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_side_effects_stay_in_rest_once_a_step(ordered, capfd):
+    seen = []
+
+    def loss(head, body, x):
+        x = jnp.tanh(x @ body)
+        jax.debug.callback(lambda total: seen.append(float(total)), jnp.sum(x), ordered=ordered)
+
+        @jax.jit
+        def logits(x):
+            jax.debug.print("first feature {}", x[0, 0], ordered=ordered)
+            return x @ head
+
+        return jnp.sum(logits(x) ** 2)
+
+    head, body, x = map(jnp.asarray, (HEAD, BODY, X))
+    once, rest = hoist(loss, head, body, x)
+    kept = jax.jit(once)(body, x)
+    jax.effects_barrier()
+    assert seen == []
+    assert capfd.readouterr().out == ""
+    step = jax.jit(rest)
+    for number in (1, 2, 3):
+        step(head, body, kept).block_until_ready()
+        jax.effects_barrier()
+        assert len(seen) == number
+        assert capfd.readouterr().out.count("first feature") == 1
+    features = np.tanh(np.asarray(x, np.float64) @ np.asarray(body, np.float64))
+    np.testing.assert_allclose(seen, features.sum(), rtol=1e-5)
+    if not ordered:
+        jax.jit(jax.grad(rest))(head, body, kept).block_until_ready()
+        jax.effects_barrier()
+        assert len(seen) == 4
+
+
+def test_what_a_side_effect_gives_is_not_hoisted():
+    from jax.experimental import io_callback
+
+    calls = []
+
+    def counter():
+        calls.append(1)
+        return np.float32(len(calls))
+
+    def loss(head, body, x):
+        number = io_callback(counter, jax.ShapeDtypeStruct((), jnp.float32), ordered=True)
+        return jnp.sum(jnp.tanh(x @ body) @ head) * 0 + number
+
+    head, body, x = map(jnp.asarray, (HEAD, BODY, X))
+    once, rest = hoist(loss, head, body, x)
+    kept = once(body, x)
+    assert [float(jax.jit(rest)(head, body, kept)) for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda once, rest, t, f, x, y, kept: once(f, x[:3], y[:3]),
+            "shapes and dtypes must fit: "
+            "'batch/0' is float32[7,3] in hoist, float32[3,3] in the call; "
+            "'batch/1' is int32[7] in hoist, int32[3] in the call",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: once(f, x.astype(jnp.bfloat16), y),
+            "shapes and dtypes must fit: "
+            "'batch/0' is float32[7,3] in hoist, bfloat16[7,3] in the call",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: once(f, {"x": x, "y": y}),
+            "the parts do not fit: 'batch/0' is a leaf in hoist, dict in the call; "
+            "'batch/1' is only in hoist",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: once(merge(t, f), x, y),
+            "shapes and dtypes must fit: "
+            "'frozen/linear_3/b' is Hole in hoist, float32[4] in the call; "
+            "'frozen/linear_3/w' is Hole in hoist, float32[5,4] in the call",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: rest(t, f, kept[:1]),
+            "the parts do not fit: 'kept/1' is only in hoist",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: jax.jit(rest)(t, f, (kept[0][:2], kept[1])),
+            "shapes and dtypes must fit: "
+            "'kept/0' is float32[7,5] in hoist, float32[2,5] in the call",
+        ),
+        (
+            lambda once, rest, t, f, x, y, kept: jax.jit(jax.grad(rest))(
+                jax.tree.map(lambda leaf: leaf[:4], t), f, kept
+            ),
+            "shapes and dtypes must fit: "
+            "'trainable/linear_3/w' is float32[5,4] in hoist, float32[4,4] in the call",
+        ),
+    ],
+)
+def test_once_and_rest_refuse_what_they_were_not_made_for(call, message):
+    trainable, frozen, x, y = an_mlp("linear_3")
+    once, rest = hoist(loss_fn, trainable, frozen, x, y)
+    kept = once(frozen, x, y)
+    with pytest.raises(ValueError, match=r"must fit|do not fit") as error:
+        call(once, rest, trainable, frozen, x, y, kept)
+    assert str(error.value) == message
+
+
+def test_hoist_raises_what_the_function_raises():
+    trainable, frozen, x, y = an_mlp("linear_3")
+    with pytest.raises(ValueError, match="linear_0 takes inputs of width 3, got shape"):
+        hoist(loss_fn, trainable, frozen, x[:, :2], y)
+    with pytest.raises(TypeError, match="labels must be integers, got float32"):
+        hoist(loss_fn, trainable, frozen, x, y.astype(jnp.float32))
+
+
+# [peers end]
+# [bench begin]
+# ------------------------------------------------------------------------------- the bench
+# One small real run is shared; what is refused is asked for in this process, which is cheap.
+
+
+BENCH = Path(bench.__file__).resolve()
+BENCH_KEYS = [
+    *("table", "problem", "method", "clip", "platform", "devices", "simulated", "layout"),
+    *("step_s", "spread_s", "vs_all", "compile_s", "flops", "flops_min", "peak_share"),
+    *("temp_bytes", "trainable_bytes", "collective_bytes"),
+]
+BENCH_WAYS = ["all", "partition", "hoist", "stop_gradient", "mask"]
+
+
+def _bench_command(*options):
+    return [sys.executable, "-W", "error", str(BENCH), *map(str, options)]
+
+
+def _bench(*options, timeout=300):
+    command = _bench_command(*options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def _bench_here(capsys, *options):
+    """Runs the bench in this process: (exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as ended:
+        bench.main(list(map(str, options)))
+    return ended.value.code, *capsys.readouterr()
+
+
+def _bench_rows(results, **wanted):
+    return [row for row in results["rows"] if all(row[k] == v for k, v in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def bench_run(tmp_path_factory):
+    """A run of every table on a small network: (its results, its output, its folder)."""
+    folder = tmp_path_factory.mktemp("bench")
+    sizes = ("--sizes", 8, 16, 4, "--batch", 8, "--rounds", 2)
+    files = ("--json", folder / "run.json", "--plot", folder / "run.png")
+    # A peer may warn when it is imported, and that is not the bench's affair.
+    command = [a for a in _bench_command("--peers", *sizes, *files) if a not in ("-W", "error")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "run.json").read_text()), done.stdout, folder
+
+
+def test_bench_doctests():
+    assert doctest.testmod(bench) == (0, doctest.testmod(bench).attempted)
+    assert doctest.testmod(bench).attempted >= 2
+
+
+def test_bench_json_has_the_keys_in_their_order(bench_run):
+    results, _, _ = bench_run
+    assert list(results) == ["card", "complete", "rows"]
+    assert results["complete"] is True
+    assert all(list(row) == BENCH_KEYS for row in results["rows"])
+    card = results["card"]
+    assert (card["jax"], card["numpy"]) == (jax.__version__, np.__version__)
+    assert (card["platform"], card["device_count"]) == ("cpu", 1)
+    assert card["peak_flops"] > 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", card["date"])
+
+
+def test_bench_measures_every_case(bench_run):
+    results, _, _ = bench_run
+    methods = [(row["method"], row["clip"]) for row in _bench_rows(results, table="methods")]
+    assert methods == [(way, clip) for clip in (False, True) for way in BENCH_WAYS]
+    prefix = [(row["problem"], row["method"]) for row in _bench_rows(results, table="prefix")]
+    assert prefix == [(f"mlp, {k} frozen", way) for k in (0, 1) for way in BENCH_WAYS[:3]]
+    assert [row["method"] for row in _bench_rows(results, table="run")][:2] == ["loop", "scan"]
+    for row in results["rows"]:
+        assert (row["step_s"] is None) == row["simulated"]
+        assert (row["spread_s"] is None) == row["simulated"]
+    for row in _bench_rows(results, method="all", simulated=False):
+        assert row["vs_all"] == 1
+    for row in _bench_rows(results, table="methods"):
+        assert row["peak_share"] == row["flops"] / row["step_s"] / results["card"]["peak_flops"]
+
+
+def test_bench_simulates_the_devices_that_are_not_there(bench_run):
+    results, _, _ = bench_run
+    rows = [
+        (row["devices"], row["simulated"], row["layout"])
+        for row in _bench_rows(results, table="devices", method="partition")
+    ]
+    simulated = [(n, True, kind) for n in (2, 4, 8) for kind in ("replicated", "sharded")]
+    assert rows == [(1, False, "replicated"), *simulated]
+
+
+def test_bench_prints_the_card_and_a_line_a_row(bench_run):
+    results, printed, _ = bench_run
+    assert printed.startswith(f"jax {jax.__version__}, jaxlib ")
+    lines = [line for line in printed.splitlines() if re.match(r"mlp|seed|10000", line)]
+    assert len(lines) == len(results["rows"])
+    for line, row in zip(lines, results["rows"], strict=True):
+        assert re.split(r"  +", line)[:2] == [row["problem"], row["method"]]
+        assert ("simulated" in line) == row["simulated"]
+
+
+def test_bench_peers_are_measured_or_named(bench_run):
+    results, printed, _ = bench_run
+    names = [row["method"] for row in _bench_rows(results, table="peers", problem="mlp")]
+    for peer, module in [("haiku", "haiku"), ("equinox", "equinox"), ("flax nnx", "flax.nnx")]:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            assert f"{peer} is left out" in printed
+        else:
+            assert peer in names
+    trees = [row["method"] for row in _bench_rows(results, problem="10000 leaves")]
+    assert trees[:3] == ["partition", "partition, by a pattern", "merge"]
+    if "haiku" in names:
+        assert trees[3:] == ["haiku partition", "haiku merge"]
+        assert _bench_rows(results, table="run", method="haiku loop")
+
+
+def test_bench_names_the_peers_that_are_missing(monkeypatch):
+    for module in ("haiku", "equinox", "flax.nnx", "optax"):
+        monkeypatch.setitem(sys.modules, module, None)
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], jnp.float32)
+    plan = bench.Plan([problem], jnp.float32, 1, True, None, False, [], 1e9)
+    lines = [line for line in bench.peers_table(plan) if isinstance(line, str)]
+    assert [line.partition(" is left out: ")[0] for line in lines] == list(bench.PEERS)
+
+
+def test_bench_draws_a_picture(bench_run):
+    from matplotlib import image
+
+    _, printed, folder = bench_run
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(folder / "run.png")[..., :3]
+    height, width, _ = pixels.shape
+    assert width > height > 500
+    assert (pixels[0, 0] == 1).all()  # white, on a dark page too
+    for half in (pixels[:, : width // 2], pixels[:, width // 2 :]):
+        colors = {tuple(np.round(c * 255).astype(int)) for c in half.reshape(-1, 3)[::7]}
+        assert {(0x77, 0x77, 0x77), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)} <= colors
+    assert f"drawn: {folder / 'run.png'}" in printed
+
+
+def test_bench_renders_its_results_as_markdown(bench_run, capsys):
+    results, _, folder = bench_run
+    bench.main(["--render", str(folder / "run.json"), "--tables", "methods", "devices"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"jax {jax.__version__}, ")
+    assert re.findall(r"^\*\*(\w+)\*\*", text, re.MULTILINE) == ["methods", "devices"]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:6] == "| mlp "]
+    rows = _bench_rows(results, table="methods") + _bench_rows(results, table="devices")
+    assert [line[1] for line in lines] == [row["method"] for row in rows]
+    titles = next(line for line in text.splitlines() if line.startswith("| problem"))
+    assert "layout" not in titles  # of no use there
+    cells = dict(zip(titles.strip("| ").split(" | "), lines[0], strict=True))
+    seconds = {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+    number, unit = cells["step"].split()
+    assert float(number) * seconds[unit] == pytest.approx(rows[0]["step_s"], rel=0.01)
+
+
+# ---------------------------------------------------------------- the bench's exact figures
+
+
+def _bench_flops(sizes, batch, forward, weights, inputs):
+    """2 x batch x in x out for each layer named, once for each list that it is in."""
+    return sum(2 * batch * sizes[i] * sizes[i + 1] for i in [*forward, *weights, *inputs])
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "forward", "weights", "inputs"),
+    [
+        ("linear_2", "all", [0, 1, 2], [0, 1, 2], [1, 2]),
+        ("linear_2", "partition", [0, 1, 2], [2], []),
+        ("linear_2", "mask", [0, 1, 2], [2], []),
+        ("linear_2", "hoist", [2], [2], []),
+        (("linear_0", "linear_2"), "partition", [0, 1, 2], [0, 2], [1, 2]),
+        (("linear_0", "linear_2"), "hoist", [0, 1, 2], [0, 2], [1, 2]),
+        ("linear_1", "partition", [0, 1, 2], [1], [2]),
+        ("*/b", "partition", [0, 1, 2], [], [1, 2]),
+        ("*/b", "hoist", [1, 2], [], [1, 2]),
+        ("linear_2/b", "hoist", [], [], []),
+        ("*/w", "stop_gradient", [0, 1, 2], [0, 1, 2], [1, 2]),
+    ],
+)
+def test_bench_least_flops_are_those_worked_out_by_hand(where, method, forward, weights, inputs):
+    sizes, batch = (3, 5, 7, 2), 11
+    problem = bench.mlp("mlp", sizes, batch, where, jnp.float32)
+    wanted = _bench_flops(sizes, batch, forward, weights, inputs)
+    assert bench.least_flops(problem, method) == wanted
+
+
+def test_bench_exact_figures_of_wide_and_deep_at_every_device_count(tmp_path):
+    """At most 1 % over the products; sent: what trains, and the loss's four bytes."""
+    counts = (1, 2, 4, 8)
+    done = _bench("--devices", *counts, "--compile-only", "--json", tmp_path / "x.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "x.json").read_text())
+    wide, deep = (784, 1024, 1024, 10), (1024, 2048, 2048, 2048, 2048, 10)
+    least = {
+        "wide": _bench_flops(wide, 128, [0, 1, 2], [0, 2], [1, 2]),
+        "deep": _bench_flops(deep, 64, [0, 1, 2, 3, 4], [4], []),
+    }
+    trainable = {"wide": 4 * (784 * 1024 + 1024 + 1024 * 10 + 10), "deep": 4 * (2048 * 10 + 10)}
+    for problem in ("wide", "deep"):
+        rows = _bench_rows(results, problem=problem, method="partition", layout="replicated")
+        assert [row["devices"] for row in rows] == list(counts)
+        for row in rows:
+            assert row["step_s"] is None
+            assert row["flops_min"] == least[problem]
+            assert least[problem] <= row["flops"] <= 1.01 * least[problem]
+            assert row["trainable_bytes"] == trainable[problem]
+            sent = 0 if row["devices"] == 1 else trainable[problem] + 4
+            assert row["collective_bytes"] == sent
+
+
+def test_bench_plans_512_devices_without_them(tmp_path):
+    sizes = (512, 1024, 512, 10)
+    done = _bench(
+        *("--devices", 512, "--compile-only", "--json", tmp_path / "x.json"),
+        *("--sizes", *sizes, "--batch", 32, "--train", "linear_2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("512 cpu simulated") == 4
+    results = json.loads((tmp_path / "x.json").read_text())
+    replicated, sharded = _bench_rows(results, method="partition")
+    assert replicated["collective_bytes"] == 4 * (512 * 10 + 10) + 4
+    assert replicated["flops"] <= 1.01 * _bench_flops(sizes, 32, [0, 1, 2], [2], [])
+    # Sharded, every device has to be sent, at least, the weights that it does not hold.
+    assert sharded["collective_bytes"] > 4 * (512 * 1024 + 1024 * 512)
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        ("%a = f32[2,3]{1,0} all-reduce(f32[2,3]{1,0} %b), channel_id=1", 24),
+        ("%a = f32[] all-reduce(%b)", 4),
+        ("ROOT %a = (f32[10]{0}, /*index=1*/bf16[2,3]{1,0}) all-reduce(%b, %c)", 52),
+        ("%a = f32[8,128]{1,0:T(8,128)} all-gather(%b), dimensions={0}", 4096),
+        ("%a = (f32[4]{0:T(128)}, s8[3]{0}) all-to-all(%b, %c)", 19),
+        ("%a = pred[5]{0} collective-permute(%b)", 5),
+        ("%a = f64[5]{0} reduce-scatter(%b), to_apply=%add", 40),
+        ("%s = (f32[1]{0}, f32[8]{0}) all-gather-start(%b)\n"
+         "%d = f32[8]{0} all-gather-done(%s)", 32),
+        ("%all-reduce.1 = f32[8]{0} add(%b, %c)", 0),
+        ("%a = f32[8]{0} fusion(%all-reduce.3), calls=%all-reduce", 0),
+    ],
+)  # fmt: skip
+def test_bench_reads_collectives_from_the_program(program, wanted):
+    assert bench.collective_bytes(program) == wanted
+
+
+def test_bench_hoist_costs_less_than_twice_the_heads_own_products():
+    problem = bench.mlp("mlp", (256, 256, 256, 256, 10), 64, "linear_3", jnp.float32)
+    row = bench.Row("methods", "mlp", "hoist")
+    bench.prepare(problem, row)
+    assert row.flops < 2 * _bench_flops(problem.sizes, 64, [3], [3], [])
+
+
+# ------------------------------------------------------------- the bench and its agreement
+
+
+def test_bench_stops_where_methods_disagree():
+    before, after = {"w": np.zeros(3, np.float32)}, {"w": np.full(3, 1, np.float32)}
+    other = {"w": np.array([1, 1, 0.9], np.float32)}
+    bench.compare("deep: mask", "partition", after, after, before)
+    words = re.escape("deep: mask must take the same step as partition: 'w' differs by 0.1")
+    with pytest.raises(bench.Broken, match=words):
+        bench.compare("deep: mask", "partition", other, after, before)
+    with pytest.raises(bench.Broken, match="differs by nan"):
+        bench.compare("deep: mask", "partition", {"w": other["w"] * np.nan}, after, before)
+
+
+def _bench_model(tmp_path, text):
+    file = tmp_path / "mine.py"
+    file.write_text("import jax, jax.numpy as jnp\n" + textwrap.dedent(text))
+    return file
+
+
+def test_bench_ends_with_the_difference_and_keeps_the_rows(tmp_path, capsys):
+    file = _bench_model(
+        tmp_path,
+        """
+        def make():
+            return lambda params, x: jnp.nan * params["w"] * x, {"w": jnp.ones(())}, (1.0,)
+        """,
+    )
+    options = ("--model", f"{file}:make", "--train", "w", "--json", tmp_path / "x.json")
+    code, _, error = _bench_here(capsys, *options)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "make: all must take the same step as partition: 'w' differs by nan" in error
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is False
+
+
+def test_bench_case_out_of_memory_says_so_and_the_rest_goes_on(tmp_path):
+    """The frozen part's gradient needs a petabyte: only what computes it must fail."""
+    file = _bench_model(
+        tmp_path,
+        """
+        @jax.custom_vjp
+        def body(w, x):
+            return w * x
+
+        def back(_, g):
+            shape = (2**24, 2**24)
+            huge = jnp.sort(g[0] * jax.lax.broadcasted_iota(g.dtype, shape, 0))
+            return huge[0, : g.size], g
+
+        body.defvjp(lambda w, x: (w * x, None), back)
+
+        def make():
+            def loss(params, x):
+                return jnp.sum(params["head"] * body(params["body"], x))
+
+            return loss, {"body": jnp.ones(4), "head": jnp.ones(4)}, (jnp.ones(4),)
+        """,
+    )
+    options = ("--model", f"{file}:make", "--train", "head", "--rounds", 2)
+    done = _bench(*options, "--json", tmp_path / "x.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "x.json").read_text())
+    said = {row["method"]: row["step_s"] is not None for row in results["rows"]}
+    fitting = dict.fromkeys(["partition", "hoist", "stop_gradient"], True)
+    assert said == {"all (out of memory)": False, "mask (out of memory)": False} | fitting
+    assert len(results["rows"]) == 10
+    assert done.stdout.count("(out of memory)") == 4
+    assert re.search(r"^body +\(4,\) +float32 +4  frozen$", done.stdout, re.MULTILINE)
+    assert {row["trainable_bytes"] for row in _bench_rows(results, method="partition")} == {16}
+
+
+# ------------------------------------------------------------------- the bench and bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--devices 4096", "--devices 4096: there are 1, [CpuDevice(id=0)]; --compile-only"),
+        ("--devices 0", "must be a positive integer, got '0'"),
+        ("--train nope", "seed: pattern 'nope' matches no leaf; 6 of 6 names, nearest first"),
+        ("--freeze nope", "seed: pattern '!nope' matches no leaf"),
+        ("--freeze *", "seed: nothing trains"),
+        ("--train a --freeze b", "not allowed with argument"),
+        ("--sizes 8", "sizes needs an input and an output width, got (8,)"),
+        ("--sizes 8 0 2", "sizes[1] must be a positive integer, got 0"),
+        ("--batch -1", "argument --batch: must be a positive integer, got '-1'"),
+        ("--rounds 1.5", "argument --rounds: must be a positive integer, got '1.5'"),
+        ("--tables nope", "invalid choice: 'nope'"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--compile-only --tables run", "--compile-only is for the table devices alone"),
+        ("--cluster --tables methods", "--cluster is for the table devices alone"),
+        ("--coordinator a:1", "--coordinator, --processes and --process go together"),
+        ("--coordinator a --processes 2 --process 0", "must be HOST:PORT, got 'a'"),
+        ("--coordinator a:1 --processes 2 --process 2", "--process must be in 0 .. 1, got 2"),
+        ("--json {}/no/x.json", "x.json: cannot be written: No such file or directory"),
+        ("--json {}", "cannot be written: it is no regular file"),
+        ("--plot {}/no/x.png", "x.png: cannot be written: No such file or directory"),
+        ("--plot {}/x.doc", "'doc' is no kind of picture (try .png)"),
+        ("--plot {}/x.png --tables run", "--plot draws the tables prefix and methods"),
+        ("--render {}/none.json", "none.json: no results to read: [Errno 2]"),
+        ("--render {}/mine.py", "mine.py: no results to read: "),
+        ("--model {}/none.py:make --train w", "there is no file {}/none.py"),
+        ("--model {}/mine.py --train w", "name it FILE.py:NAME"),
+        ("--model {}/mine.py:none --train w", "mine.py has no function none"),
+        ("--model {}/mine.py:number --train w", "mine.py has no function number"),
+        ("--model {}/mine.py:good", "--model needs --train or --freeze"),
+        ("--model {}/mine.py:good --train w --batch 3", "brings its own sizes and batch"),
+        ("--model {}/mine.py:good --train w --tables run", "is for the table methods alone"),
+        ("--model {}/mine.py:good --train v", "good: pattern 'v' matches no leaf"),
+        ("--model {}/mine.py:none_at_all --train w", "(loss_fn, params, batch), got NoneType"),
+        ("--model {}/mine.py:pair --train w", "(loss_fn, params, batch), got (function, dict)"),
+        ("--model {}/mine.py:mixed --train w", "got (dict, function, tuple)"),
+        ("--model {}/mine.py:text --train w", "of arrays, got str at '0/w'"),
+        ("--model {}/mine.py:integer --train w", "'w' in params is int32, which cannot train"),
+        ("--model {}/mine.py:vector --train w", "a floating-point number, not "),
+    ],
+)
+def test_bench_refuses(options, words, tmp_path, capsys):
+    _bench_model(
+        tmp_path,
+        """
+        number, w = 3, jnp.ones(3)
+        def loss(params, x): return jnp.sum(params["w"] * x)
+        def good(): return loss, {"w": w}, (w,)
+        def none_at_all(): pass
+        def pair(): return loss, {"w": w}
+        def mixed(): return {"w": w}, loss, (w,)
+        def text(): return loss, {"w": "w"}, (w,)
+        def integer(): return loss, {"w": w.astype(jnp.int32)}, (w,)
+        def vector(): return lambda params, x: params["w"] * x, {"w": w}, (w,)
+        """,
+    )
+    before = sorted(tmp_path.iterdir())
+    code, out, error = _bench_here(capsys, *options.format(tmp_path).split())
+    assert (code, out) == (2, "")
+    assert error.startswith("bench.py: error: ") or "error: " in error
+    assert error.count("\n") == 1
+    assert words.format(tmp_path) in error
+    assert sorted(tmp_path.iterdir()) == before  # nothing half-written is left behind
+
+
+def test_bench_says_that_there_is_no_cluster():
+    done = _bench("--cluster")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--cluster: none found, --coordinator names one: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_bench_says_how_to_get_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    code, _, error = _bench_here(capsys, "--plot", tmp_path / "x.png")
+    assert code == 2
+    assert "--plot needs matplotlib: pip install matplotlib, or uv run --with" in error
+
+
+def test_bench_writes_in_one_piece(tmp_path):
+    target = tmp_path / "x.json"
+    target.write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), bench.replaced(str(target)) as path:
+        Path(path).write_text("half")
+        raise KeyboardInterrupt
+    assert (target.read_text(), list(tmp_path.iterdir())) == ("old", [target])
+    with bench.replaced(str(target)) as path:
+        Path(path).write_text("new")
+    assert (target.read_text(), list(tmp_path.iterdir())) == ("new", [target])
+
+
+@pytest.mark.parametrize(
+    ("options", "trains"),
+    [
+        ("--train linear_1", {"linear_1/b", "linear_1/w"}),
+        ("--freeze linear_1", {"linear_0/b", "linear_0/w"}),
+        ("--freeze * !*/b", {"linear_0/b", "linear_1/b"}),
+        ("--freeze !linear_0 linear_0/b", {"linear_0/w"}),
+    ],
+)
+def test_bench_freeze_is_train_turned_round(options, trains):
+    _, args = bench.parse(["--sizes", "2", "3", "2", *options.split()])
+    (problem,) = bench.problems_of(args)
+    trainable, _ = mf.partition(problem.where, problem.data.shapes[0])
+    paths = jax.tree_util.tree_flatten_with_path(trainable)[0]
+    assert {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in paths} == trains
+
+
+def test_bench_interrupted_writes_what_is_there(tmp_path):
+    options = ("--sizes", 8, 16, 4, "--rounds", 2, "--tables", "methods", "prefix")
+    command = _bench_command(*options, "--json", tmp_path / "x.json")
+    bench_process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in bench_process.stdout:
+        if re.match("mlp +mask +yes", line):  # the last row before the next table's compilation
+            break
+    bench_process.send_signal(signal.SIGINT)
+    rest, _ = bench_process.communicate(timeout=120)
+    assert bench_process.returncode == 130
+    assert "not complete: ended after 10 rows" in rest
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert results["complete"] is False
+    assert [row["method"] for row in results["rows"]] == BENCH_WAYS * 2
+
+
+# -------------------------------------------------------------- the bench across processes
+
+
+def _bench_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _bench_cluster(code, *options):
+    """Two processes that run ``code``, each with its options of a cluster in sys.argv."""
+    port = _bench_port()
+    cluster = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code, *cluster, str(i), *map(str, options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(BENCH.parent)},
+        )
+        for i in (0, 1)
+    ]
+
+
+def test_bench_two_processes_train_as_one(tmp_path):
+    """Over gloo, sharded and not; and the bench itself measures there, process 0 alone printing."""
+    code = f"""if True:
+        import sys, bench, jax, numpy as np
+        try:
+            bench.main(sys.argv[1:])
+        except SystemExit as ended:
+            assert not ended.code
+        problem = bench.mlp("mlp", (8, 16, 4), 8, ["linear_1"], np.dtype("float32"))
+        mesh = jax.sharding.Mesh(np.array(bench.pick_devices("cpu", 2)), ("data",))
+        for layout in ("replicated", "sharded"):
+            row = bench.Row("devices", "mlp", "partition", layout=layout)
+            new = bench.prepare_sharded(problem, mesh, row).updated()["linear_1"]
+            if jax.process_index() == 0:
+                np.savez({str(tmp_path)!r} + f"/{{layout}}.npz", **new)
+    """
+    options = ("--sizes", 8, 16, 4, "--batch", 8, "--rounds", 2, "--json", tmp_path / "x.json")
+    both = _bench_cluster(code, *options)
+    (out, error), (silent, other_error) = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], error + other_error
+    assert silent == ""
+    assert "2 x cpu" in out
+    results = json.loads((tmp_path / "x.json").read_text())
+    rows = _bench_rows(results, devices=2, method="partition")
+    assert [(row["layout"], row["simulated"]) for row in rows] == [
+        ("replicated", False),
+        ("sharded", False),
+    ]
+    assert all(row["step_s"] > 0 for row in rows)
+    assert rows[0]["collective_bytes"] == 4 * (16 * 4 + 4) + 4
+    # One process, the same 16 rows, by the module alone.
+    problem = bench.mlp("mlp", (8, 16, 4), 16, ["linear_1"], np.dtype("float32"))
+    params, (x, y) = problem.data.arrays
+    trainable, frozen = mf.partition("linear_1", params)
+    wanted, _ = mf.train_step(trainable, frozen, x, y)
+    for layout in ("replicated", "sharded"):
+        new = np.load(tmp_path / f"{layout}.npz")
+        for name in ("w", "b"):
+            was, must = np.asarray(params["linear_1"][name]), np.asarray(wanted["linear_1"][name])
+            assert np.abs(must - was).max() > 1e-4
+            np.testing.assert_allclose(new[name], must, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_bench_ends_when_another_process_dies(killed):
+    code = "import sys, bench; bench.main(sys.argv[1:])"
+    both = _bench_cluster(code, "--sizes", 8, 16, 4, "--devices", 2, "--rounds", 200)
+    for line in both[0].stdout:
+        if line.startswith("mlp"):  # the first rows, of two: the others are being measured
+            break
+    both[killed].send_signal(signal.SIGKILL)
+    _, error = both[1 - killed].communicate(timeout=120)
+    both[killed].communicate(timeout=120)
+    assert both[1 - killed].returncode not in (0, None)
+    assert error.strip()
+
+
+def test_bench_says_that_the_coordinator_does_not_answer():
+    code = "import sys, bench; bench.JOIN_S = 1; bench.main(sys.argv[1:])"
+    both = _bench_cluster(code)
+    both[0].kill()  # before it has so much as imported jax
+    _, error = both[1].communicate(timeout=120)
+    both[0].communicate(timeout=120)
+    assert both[1].returncode == 1
+    assert re.fullmatch(r"bench.py: no answer from 127.0.0.1:\d+ in 1 s: .*\n", error)
+
+
+def test_bench_gives_up_on_a_coordinator_that_only_listens():
+    code = "import sys, bench; bench.JOIN_S = 1; bench.main(sys.argv[1:])"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--coordinator", where, "--processes", "2",
+             "--process", "1"],
+            capture_output=True, text=True, timeout=120,
+            env=os.environ | {"PYTHONPATH": str(BENCH.parent)},
+        )  # fmt: skip
+    assert done.returncode not in (0, None)
+    assert "DEADLINE_EXCEEDED" in done.stderr
+
+
+# [bench end]
 # -------------------------------------------------------------------------------- the README
 
 
 def readme_sections():
     """Each heading with the Python blocks under it: (code, the output that is shown)."""
     sections = {}
-    token = r"^#+ (?P<title>.*)$|```python\n(?P<code>[\s\S]*?)```\n(\n```text\n(?P<shown>[\s\S]*?)```\n)?"
+    token = (
+        r"^#+ (?P<title>.*)$"
+        r"|```python\n(?P<code>[\s\S]*?)```\n(\n```text\n(?P<shown>[\s\S]*?)```\n)?"
+    )
     for match in re.finditer(token, (HERE / "README.md").read_text(), re.MULTILINE):
         if match["title"]:
             blocks = sections.setdefault(match["title"], [])
@@ -1549,6 +3752,18 @@ def test_readme_blocks_print_what_they_show(title, blocks, capsys):
         said = capsys.readouterr().out
         clock = r"[\d.]+( s$| times as fast)"
         assert re.sub(clock, "N", said, flags=re.M) == re.sub(clock, "N", shown, flags=re.M)
+
+
+def test_the_readmes_model_goes_through_the_bench(tmp_path, capsys, monkeypatch):
+    ((code, _),) = readme_sections()["Your model in the bench"]
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    (options,) = re.findall(r"bench.py (--model mine.*)", (HERE / "README.md").read_text())
+    with pytest.raises(SystemExit, match="0"):
+        bench.main([*options.split(), "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert re.search(r"params/layers_4/kernel +\(256, 10\) +float32 +2560 +train", out)
+    assert all(re.search(rf"^ *make +{method} ", out, re.M) for method in BENCH_WAYS), out
 
 
 def test_the_readme_has_its_commands():
