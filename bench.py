@@ -1377,7 +1377,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
     what.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     what.add_argument("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
-    what.add_argument("--rounds", type=positive, default=9, metavar="N", help="default: 9")
+    what.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
     where = parser.add_argument_group("where")
     where.add_argument("--devices", nargs="+", type=positive, metavar="N", help="how many")
     where.add_argument("--compile-only", action="store_true", help="simulate them, time nothing")

@@ -66,6 +66,7 @@ HERE = Path(__file__).resolve().parent
 settings.register_profile(
     "default", max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+settings.register_profile("mutants", settings.get_profile("default"), max_examples=10)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
