@@ -3767,6 +3767,14 @@ def test_the_readmes_model_goes_through_the_bench(tmp_path, capsys, monkeypatch)
     assert all(re.search(rf"^ *make +{method} ", out, re.M) for method in BENCH_WAYS), out
 
 
+def test_the_readmes_tables_are_those_of_the_committed_results():
+    check = [sys.executable, HERE / ".ci/readme", "--check"]
+    done = subprocess.run(
+        check, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_readme_has_its_commands():
     text = (HERE / "README.md").read_text()
     for command in (
