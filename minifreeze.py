@@ -513,29 +513,9 @@ def train(
 # moves elements costs next to nothing, what computes them one by one is to save something
 # (one-hot rows are made of the labels). A product, a random draw, a loop is never run again.
 _CHEAP = dict.fromkeys(
-    ("broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze"), 0
+    "broadcast_in_dim convert_element_type expand_dims reshape squeeze".split(), 0
 ) | dict.fromkeys(
-    (
-        "add",
-        "and",
-        "concatenate",
-        "div",
-        "eq",
-        "ge",
-        "gt",
-        "le",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "or",
-        "select_n",
-        "sub",
-    ),
-    1,
+    "add and concatenate div eq ge gt le lt max min mul ne neg not or select_n sub".split(), 1
 )
 
 
