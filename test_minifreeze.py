@@ -2755,6 +2755,11 @@ def tied(head, body, x):
     return jnp.sum((jnp.tanh(x @ body) @ head @ head.T) ** 2)
 
 
+def masked_features(head, body, x):
+    features = jnp.tanh(x @ body)  # the mask is smaller, but can be had from them
+    return jnp.sum(jnp.where(features > 0, features * head[:, 0], 0) ** 2)
+
+
 def everything_from_the_batch(head, body, x):
     return jnp.sum(jnp.tanh(x @ body))
 
@@ -2789,6 +2794,7 @@ KINDS = {
     "inner vmap": (with_inner_vmap, HEAD, BODY, [X], [(8, 6)]),
     "jits in jits": (jitted_at_three_depths, HEAD, BODY, [X], [(8, 6)]),
     "tied weights": (tied, HEAD, BODY, [X], [(8, 6)]),
+    "mask of the features": (masked_features, HEAD, BODY, [X], [(8, 6)]),
     "all of it hoisted": (everything_from_the_batch, HEAD, BODY, [X], [()]),
     "no batch": (nothing_from_the_batch, HEAD, draws(6, 6), [], []),
     "two inputs": (two_branches, HEAD, BODY, [X, draws(2, 4)], [(2, 6), (8, 6)]),
@@ -2855,14 +2861,13 @@ def test_hoist_and_closures():
     assert_close(got, want)
 
     # hoist reads the function as it is at the call, not as it was at an earlier one.
-    scale = 1.0
+    scales, values = [], []
 
     def scaled(head, body, x):
-        return jnp.sum(jnp.tanh(x @ body) @ head) * scale
+        return jnp.sum(jnp.tanh(x @ body) @ head) * scales[-1]
 
-    values = []
-    for factor in (1.0, 3.0):
-        scale = factor
+    for scale in (1.0, 3.0):
+        scales.append(scale)
         once, rest = hoist(scaled, head, body, x)
         values.append(float(rest(head, body, once(body, x))))
     np.testing.assert_allclose(values[1], 3 * values[0], rtol=1e-6)
@@ -3094,18 +3099,21 @@ def test_what_a_side_effect_gives_is_not_hoisted():
 
     calls = []
 
-    def counter():
-        calls.append(1)
+    def count(first):
+        calls.append(float(first))
         return np.float32(len(calls))
 
     def loss(head, body, x):
-        number = io_callback(counter, jax.ShapeDtypeStruct((), jnp.float32), ordered=True)
-        return jnp.sum(jnp.tanh(x @ body) @ head) * 0 + number
+        number = io_callback(count, jax.ShapeDtypeStruct((), jnp.float32), x[0, 0], ordered=True)
+        return jnp.sum(jnp.tanh(x @ body) * number @ head)
 
     head, body, x = map(jnp.asarray, (HEAD, BODY, X))
     once, rest = hoist(loss, head, body, x)
     kept = once(body, x)
-    assert [float(jax.jit(rest)(head, body, kept)) for _ in range(3)] == [1, 2, 3]
+    assert calls == []
+    values = [float(jax.jit(rest)(head, body, kept)) for _ in range(3)]
+    np.testing.assert_allclose(values, np.multiply([1, 2, 3], values[0]), rtol=1e-5)
+    assert calls == [float(x[0, 0])] * 3
 
 
 MISFITS = {
