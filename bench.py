@@ -42,6 +42,7 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -1529,9 +1530,11 @@ def bench(plan: Plan, tables: Sequence[str], report: Report) -> int:
         for problem in plan.problems:
             if not problem.sizes:
                 show_split(report, problem)
-        for table in tables:
-            for row in TABLES[table].rows(plan):
-                report.add(row) if isinstance(row, Row) else report.say(row)
+        with interruptible() as heed:
+            for table in tables:
+                for row in TABLES[table].rows(plan):
+                    report.add(row) if isinstance(row, Row) else report.say(row)
+                    heed()
         complete = True
     except KeyboardInterrupt:
         return 130
@@ -1547,6 +1550,26 @@ def bench(plan: Plan, tables: Sequence[str], report: Report) -> int:
     finally:
         report.finish(complete)
     return 0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Remembers a Ctrl-C: where Python ignores exceptions (in a destructor) it would be lost."""
+    seen: list[int] = []
+
+    def note(number: int, frame: object) -> NoReturn:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def heed() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int) -> NoReturn:

@@ -30,6 +30,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -3625,6 +3626,21 @@ def test_bench_interrupted_writes_what_is_there(tmp_path):
     results = json.loads((tmp_path / "x.json").read_text())
     assert results["complete"] is False
     assert [row["method"] for row in results["rows"]] == BENCH_WAYS * 2
+
+
+def test_bench_heeds_an_interruption_that_python_ignored():
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), bench.interruptible() as heed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(KeyboardInterrupt):
+                Deaf()
+                sum(range(1000))
+        heed()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # -------------------------------------------------------------- the bench across processes
