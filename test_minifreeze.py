@@ -1374,7 +1374,7 @@ BAD_ARGUMENTS = {
     "a plot of too long a name": (["--plot", "x" * 300 + ".png"], ["xxx.png", "too long"]),
     "no number of steps": (["--steps"], ["--steps", "argument"]),
     "seed of a word": (["--seed", "x"], ["--seed", "'x'"]),
-    "seed below zero": (["--seed", "-1"], ["--seed", "-1"]),
+    "seed below zero": (["--seed", "-1"], ["--seed must be in 0 .. 4294967295", "got -1"]),
     "seed too large": (["--seed", str(2**32)], ["--seed", str(2**32)]),
     "an option that is not there": (["--stepz", "1"], ["--stepz"]),
     "an argument too many": (["extra"], ["extra"]),
