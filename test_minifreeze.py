@@ -25,6 +25,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -1452,6 +1453,30 @@ def test_the_walk_through_with_options(capsys, tmp_path):
     assert picture.shape[1] > picture.shape[0] > 600
     assert picture[..., :3].std() > 0.05  # something is drawn
     assert os.listdir(tmp_path) == ["params.png"]
+
+
+def test_run_as_a_script_for_one_step(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minifreeze.py", "--steps", "1"])
+    runpy.run_path(str(HERE / "minifreeze.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "1 steps, loss " in out
+    assert out.endswith("bit for bit as before: linear_1/b, linear_1/w\n")
+
+
+def test_a_plot_replaces_a_file_and_a_full_disk_is_told(capsys, tmp_path):
+    picture = tmp_path / "old.png"
+    picture.write_text("not a picture")
+    mf.main(["--steps", "1", "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        mf.main(["--steps", "1", "--plot", str(full)])
+    said = capsys.readouterr().err
+    assert "full.png: " in said
+    assert "No space left" in said
+    assert said.count("\n") == 1
 
 
 def test_the_plot_draws_every_parameter_twice_and_marks_the_frozen(monkeypatch, tmp_path):
