@@ -343,7 +343,6 @@ def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
 
 def _nearest(glob: str, names: list[str]) -> str:
     """Up to ten names, those first that are most like ``glob``, in whole or at either end."""
-
     depth = glob.count("/") + 1
 
     def likeness(name: str) -> float:
