@@ -567,6 +567,7 @@ def hoist(
             for var in eqn.outvars:
                 sources[var] = roots[var] = {var}
             if (least := _CHEAP.get(eqn.primitive.name)) is not None:
+                (var,) = eqn.outvars
                 roots[var] = _behind(inputs, roots)
                 if _bytes([var]) - _bytes(behind) >= least:
                     sources[var] = behind
