@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, register_dataclass, tree_flatten_with_path
+from jax.tree_util import DictKey, keystr, register_dataclass, tree_flatten_with_path
 
 __all__ = [
     "init",
@@ -294,9 +295,10 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
 
 def _choose(where: Where, tree: PyTree) -> tuple[list[bool], list[Any], Any]:
     """Which leaves ``where`` takes, the leaves, and the tree's structure."""
+    leaves, treedef = jax.tree.flatten(tree)
     if isinstance(where, str | tuple | list):
         patterns = [where] if isinstance(where, str) else where
-        chosen = _match(patterns, [_name(path) for path, _ in _leaves(tree)])
+        chosen = _match(patterns, list(_names(tree)))
     elif callable(where):
         chosen = [_ask(where, path, leaf) for path, leaf in _leaves(tree)]
     else:
@@ -304,19 +306,31 @@ def _choose(where: Where, tree: PyTree) -> tuple[list[bool], list[Any], Any]:
             "where must be a predicate (path, leaf) -> bool, a pattern, or a tuple or list of "
             f"patterns, got {type(where).__name__}: {where!r}"
         )
-    return chosen, *jax.tree.flatten(tree)
+    return chosen, leaves, treedef
 
 
 def _leaves(tree: PyTree) -> Iterator[tuple[KeyPath, Any]]:
-    """Every leaf with its key path, one child of the root after the other.
+    """Every leaf with its key path; of a dict, one child after the other.
 
-    Thousands of key paths held at once set off the garbage collector, which costs more than
+    Thousands of key paths alive at once set off the garbage collector, which costs more than
     all the rest of ``partition``.
     """
-    children, _ = tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
-    for key, child in children:
-        for path, leaf in tree_flatten_with_path(child)[0]:
-            yield key + path, leaf
+    if type(tree) is dict:
+        for key in sorted(tree):  # as JAX does
+            for path, leaf in tree_flatten_with_path(tree[key])[0]:
+                yield (DictKey(key), *path), leaf
+    else:
+        yield from tree_flatten_with_path(tree)[0]
+
+
+def _names(tree: PyTree, above: str = "") -> Iterator[str]:
+    """The name of every leaf, made without key paths where it is all dicts: twice as fast."""
+    if type(tree) is dict:
+        for key in sorted(tree):
+            yield from _names(tree[key], f"{above}{key!s}/")
+    else:
+        for path, _ in tree_flatten_with_path(tree)[0]:
+            yield above + _name(path) if path else above[:-1]
 
 
 def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
@@ -329,11 +343,9 @@ def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
     chosen = [patterns[0].startswith("!")] * len(names)
     for pattern in patterns:
         glob = pattern.removeprefix("!")
-        # As * crosses /, a glob matches the name of something above iff glob/* matches.
-        matches = [
-            fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}/*")
-            for name in names
-        ]
+        # As * crosses /, glob/* matches name/ iff glob matches the name or one above it.
+        match = re.compile(fnmatch.translate(f"{glob}/*")).match
+        matches = [match(f"{name}/") is not None for name in names]
         if not glob or not any(matches):
             raise ValueError(f"pattern {pattern!r} matches no leaf; {_nearest(glob, names)}")
         take = glob == pattern

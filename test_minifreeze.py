@@ -18,6 +18,7 @@ import collections
 import contextlib
 import dataclasses
 import doctest
+import enum
 import importlib
 import importlib.metadata
 import itertools
@@ -328,6 +329,29 @@ def test_property_patterns_agree_with_a_slow_reading_of_the_rules(data, tree):
         words(error, repr(useless[0]))
     else:
         assert jax.tree.leaves(mf.mask(where, tree)) == [slow_takes(patterns, n) for n in names]
+
+
+class Kind(str, enum.Enum):
+    """A key whose str() and format() differ in some versions of Python."""
+
+    MLP = "mlp"
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a", "a/", "/", "a/b", "\n", "é", 7, -1, True, 1.5, (1, "x"), Kind.MLP]
+)
+@pytest.mark.parametrize("below", [1, [1], {"w": 1}, {"": 1}, {"w": [1, {"b": 1}]}])
+def test_a_leaf_is_called_what_keystr_calls_it(key, below):
+    tree = {"top": {key: below}}
+    names = [
+        keystr(path, simple=True, separator="/") for path, _ in tree_flatten_with_path(tree)[0]
+    ]
+    for i, name in enumerate(names):
+        literal = "".join(f"[{letter}]" for letter in name)
+        assert jax.tree.leaves(mf.mask(literal, tree)) == [i == j for j in range(len(names))]
+    with pytest.raises(ValueError, match="matches no leaf") as error:
+        mf.partition("nothing", tree)
+    assert all(repr(name) in str(error.value) for name in names)
 
 
 # ------------------------------------------------------------------- laws, one by one
