@@ -348,14 +348,14 @@ def _match(patterns: Sequence[str], names: list[str]) -> list[bool]:
         matches = [match(f"{name}/") is not None for name in names]
         if not glob or not any(matches):
             raise ValueError(f"pattern {pattern!r} matches no leaf; {_nearest(glob, names)}")
-        take = glob == pattern
+        take = not pattern.startswith("!")
         chosen = [take if hit else was for hit, was in zip(matches, chosen)]
     return chosen
 
 
 def _nearest(glob: str, names: list[str]) -> str:
     """Up to ten names, those first that are most like ``glob``, in whole or at either end."""
-    depth = glob.count("/") + 1
+    depth = len(glob.split("/"))
 
     def likeness(name: str) -> float:
         steps = name.split("/")
@@ -669,7 +669,7 @@ def _checked(made_with: dict[str, PyTree], given: dict[str, PyTree]) -> list[Any
     """The leaves of a call's arguments, which must be like those that hoist was made with."""
     abstract = jax.eval_shape(lambda given: given, given)
     sides = {"hoist": made_with, "the call": abstract}
-    columns, _ = _align(sides, owners=[0, 1, 2])
+    columns, _ = _align(sides, owners=[0, 2])
     _refuse_misfits(zip(_paths(sides), *columns), *sides)
     return [leaf for arg in given.values() for leaf in jax.tree.leaves(arg)]
 
@@ -712,11 +712,10 @@ def _plot(file: str, before: Params, after: Params, frozen: PyTree) -> None:
     """Draws every parameter as a heatmap, before above after, one colour scale a parameter."""
     from matplotlib.figure import Figure
 
-    rows = [tree_flatten_with_path(params)[0] for params in (before, after)]
+    pairs = list(zip(*(tree_flatten_with_path(params)[0] for params in (before, after))))
     held = {path for path, _ in tree_flatten_with_path(frozen)[0]}
-    figure = Figure(figsize=(2.4 * len(rows[0]), 5.5), layout="constrained")
-    axes = figure.subplots(2, len(rows[0]), squeeze=False)
-    for column, pair in zip(axes.T, zip(*rows)):
+    figure = Figure(figsize=(2.4 * len(pairs), 5.5), layout="constrained")
+    for column, pair in zip(figure.subplots(2, len(pairs)).T, pairs):
         limit = max(float(jnp.abs(leaf).max()) for _, leaf in pair) or 1.0
         for axis, (path, leaf), when in zip(column, pair, ("before", "after")):
             color = "tab:blue" if path in held else "black"
@@ -739,10 +738,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: 42")
     parser.add_argument("--plot", metavar="FILE", help="draw the parameters before and after")
     args = parser.parse_args(argv)
-    if not 1 <= args.steps <= 10**7:  # more batches than that fill the memory
-        parser.error(f"--steps must be in 1 .. {10**7}, got {args.steps}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be in 0 .. {2**32 - 1}, got {args.seed}")
+    for option, value, low, high in [
+        ("--steps", args.steps, 1, 10**7),  # more batches than that fill the memory
+        ("--seed", args.seed, 0, 2**32 - 1),
+    ]:
+        if not low <= value <= high:
+            parser.error(f"{option} must be in {low} .. {high}, got {value}")
     if args.plot is not None:
         try:
             from matplotlib.backend_bases import FigureCanvasBase
@@ -763,7 +764,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def show(title: str, params: Params, numbers: jax.Array) -> None:
         x = numbers[:, None].astype(jnp.float32)
-        labels = jnp.argmax(apply(params, x), axis=-1)
+        labels = jnp.argmax(apply(params, x), axis=1)
         print(title, *(f"{row} -> {label}" for row, label in zip(np.asarray(x), labels)), sep="\n")
 
     key = jax.random.key(args.seed)
