@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
@@ -69,7 +69,9 @@ HERE = Path(__file__).resolve().parent
 settings.register_profile(
     "default", max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
-settings.register_profile("mutants", settings.get_profile("default"), max_examples=10)
+settings.register_profile(  # that a mutant fails is enough: no smaller example is looked for
+    "mutants", settings.get_profile("default"), max_examples=10, phases=[Phase.generate]
+)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
