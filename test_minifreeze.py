@@ -695,6 +695,17 @@ total         8     24  100.0%"""
     )
 
 
+def test_summary_names_what_is_held_twice_and_what_differs_and_no_more():
+    one, other = {"a": 1, "b": 2, "c": 3, "d": Hole()}, {"a": 4, "b": Hole(), "c": 5, "d": Hole()}
+    twice = "'a' is held by one and other; 'c' is held by one and other"
+    with pytest.raises(ValueError, match="do not fit") as error:
+        mf.summary(one=one, other=other)
+    assert str(error.value) == f"the parts do not fit: {twice}"
+    with pytest.raises(ValueError, match="do not fit") as error:
+        mf.summary(one={**one, "e": 6}, other=other)
+    assert str(error.value) == f"the parts do not fit: {twice}; 'e' is only in one"
+
+
 def test_half_an_array_is_no_array():
     for half in (SimpleNamespace(shape=(2,)), SimpleNamespace(dtype=np.dtype("float32"))):
         assert mf.summary(x=half).splitlines()[1].split() == ["-", "SimpleNamespace", "0", "x"]
@@ -1530,6 +1541,30 @@ def test_the_walk_through_as_it_is_run(tmp_path):
     logits = numpy_logits(params, np.arange(10.0)[:, None])
     assert guesses == [str(n) for n in logits.argmax(-1)]
     assert lines[-2:] == [
+        "changed: linear_0/b, linear_0/w, linear_2/b, linear_2/w",
+        "bit for bit as before: linear_1/b, linear_1/w",
+    ]
+
+
+def test_the_walk_through_line_by_line(capsys):
+    mf.main(["--steps", "3"])
+    key = jax.random.key(42)
+    before = mf.init(key, [1, 300, 100, 10])
+    trainable, frozen = mf.partition("!linear_1", before)
+    text = mf.summary(trainable=trainable, frozen=frozen)
+    trainable, losses = mf.train(trainable, frozen, *mf.dataset(jax.random.fold_in(key, 1), 3))
+    after = mf.merge(trainable, frozen)
+
+    def guesses(params, numbers):
+        labels = numpy_logits(params, np.array(numbers)[:, None]).argmax(-1)
+        return [f"[{n}.] -> {label}" for n, label in zip(numbers, labels)]
+
+    assert capsys.readouterr().out.splitlines() == [
+        *("before training", *guesses(before, range(10)), ""),
+        *(*text.splitlines(), ""),
+        *(f"3 steps, loss {losses[0]:.6f} -> {losses[2]:.6f}", ""),
+        *("after training", *guesses(after, range(10)), ""),
+        *("out of range", *guesses(after, range(10, 20)), ""),
         "changed: linear_0/b, linear_0/w, linear_2/b, linear_2/w",
         "bit for bit as before: linear_1/b, linear_1/w",
     ]
