@@ -8,8 +8,9 @@
 # SPDX-License-Identifier: MIT
 """The tests of minifreeze: `uv run test_minifreeze.py [pytest's options]` runs them all.
 
-Laws first, over every container that JAX knows; then errors by their text; then numbers,
-against NumPy in float64, derivatives worked out by hand and the real peers; last the programs.
+Laws first, over every container that JAX knows; then errors by their text, the walk-through,
+the real peers and hoist; then numbers, against NumPy in float64 and derivatives worked out by
+hand; last the bench and the README.
 """
 
 from __future__ import annotations
@@ -1249,267 +1250,6 @@ def test_bad_arguments(argv, expected, capsys, tmp_path, monkeypatch):
 
 def test_there_are_sixty_rows_of_bad_input():
     assert len(BAD_INPUT) + len(BAD_ARGUMENTS) >= 60
-
-
-# ------------------------------------------------------------------------------- the model
-
-
-def numpy_logits(params, x):
-    """The MLP in float64, layer after layer in the order of their numbers."""
-    x = np.asarray(x, np.float64)
-    for i in range(len(params)):
-        w, b = (np.asarray(params[f"linear_{i}"][name], np.float64) for name in "wb")
-        x = x @ w + b
-        if i < len(params) - 1:
-            x = np.maximum(x, 0)
-    return x
-
-
-def numpy_loss(params, x, y):
-    logits = numpy_logits(params, x)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -np.take_along_axis(log_p, np.asarray(y)[..., None], -1).mean()
-
-
-@pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 2], [2] * 13, (3, np.int64(4), 5)])
-@pytest.mark.parametrize("shape", [(), (5,), (2, 5)])
-def test_apply_agrees_with_numpy_at_any_depth(sizes, shape):
-    params = mf.init(jax.random.key(1), sizes)
-    params = jax.tree.map(lambda p: p + 0.1, params)  # biases that are not zero
-    x = jax.random.normal(jax.random.key(2), (*shape, sizes[0]))
-    for result in (mf.apply(params, x), jax.jit(mf.apply)(params, x)):
-        assert result.shape == (*shape, sizes[-1])
-        np.testing.assert_allclose(result, numpy_logits(params, x), rtol=2e-5, atol=1e-5)
-    np.testing.assert_array_equal(mf.apply(params, x), mf.apply(params, x.tolist()))
-
-
-def test_init_is_by_key_and_dtype():
-    params = mf.init(jax.random.key(0), [3, 4, 5], jnp.bfloat16)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
-    assert list(params) == ["linear_0", "linear_1"]
-    other = mf.init(jax.random.key(1), [3, 4, 5], jnp.bfloat16)
-    assert (params["linear_0"]["w"] != other["linear_0"]["w"]).any()
-    same(mf.init(jax.random.PRNGKey(7), [3, 4]), mf.init(jax.random.key(7), [3, 4]))
-    shapes = jax.eval_shape(lambda key: mf.init(key, [3, 4, 5]), jax.random.key(0))
-    assert jax.tree.map(lambda s: s.shape, shapes)["linear_1"] == {"w": (4, 5), "b": (5,)}
-
-
-def test_weights_are_a_normal_cut_at_two_deviations():
-    w = np.asarray(mf.init(jax.random.key(0), [400, 500])["linear_0"]["w"]) * np.sqrt(400)
-    assert np.abs(w).max() <= 2
-    assert np.abs(w).max() > 1.99
-    # The variance of a standard normal cut at +-2: 1 - 4 phi(2) / (2 Phi(2) - 1) = 0.774.
-    assert abs(w.var() - 0.774) < 0.005
-    assert abs(w.mean()) < 0.01
-
-
-def test_loss_agrees_with_numpy():
-    params = mf.init(jax.random.key(0), [3, 8, 5])
-    x, y = jax.random.normal(jax.random.key(1), (4, 6, 3)), jnp.arange(24).reshape(4, 6) % 5
-    loss = mf.loss_fn(*mf.partition("*/b", params), x, y)
-    assert loss.shape == ()
-    np.testing.assert_allclose(loss, numpy_loss(params, x, y), rtol=1e-6)
-
-
-def test_gradients_by_hand():
-    # One layer, one example x = [2, 3], label 0, weights and biases zero: both classes have
-    # p = 1/2, so d loss / d logits = p - one_hot = [-1/2, 1/2]; d loss / d b is just that,
-    # and d loss / d w = outer(x, p - one_hot) = [[-1, 1], [-3/2, 3/2]].
-    params = {"linear_0": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}}
-    x, y = jnp.array([[2.0, 3.0]]), jnp.array([0])
-    for where in ("*", "*/w", "*/b"):
-        grads = jax.grad(mf.loss_fn)(*mf.partition(where, params), x, y)["linear_0"]
-        if where != "*/b":
-            np.testing.assert_allclose(grads["w"], [[-1, 1], [-1.5, 1.5]], rtol=1e-6)
-        if where != "*/w":
-            np.testing.assert_allclose(grads["b"], [-0.5, 0.5], rtol=1e-6)
-        assert is_hole(grads["w"]) == (where == "*/b")
-        assert is_hole(grads["b"]) == (where == "*/w")
-
-
-@pytest.mark.parametrize("where", ["linear_0", "linear_1", "*/b", "*"])
-def test_gradients_against_numpy_differences(where):
-    params = mf.init(jax.random.key(0), [3, 7, 5])
-    params = jax.tree.map(lambda p: p + 0.01, params)
-    x, y = jax.random.normal(jax.random.key(1), (6, 3)), jnp.arange(6) % 5
-    grads = jax.grad(mf.loss_fn)(*mf.partition(where, params), x, y)
-    for path, grad in tree_flatten_with_path(grads)[0]:
-        layer, name = path[0].key, path[1].key
-        for index in [tuple(0 for _ in grad.shape), tuple(-1 for _ in grad.shape)]:
-            sides = []
-            for step in (1e-6, -1e-6):
-                moved = {
-                    k: {n: np.array(p, np.float64) for n, p in v.items()} for k, v in params.items()
-                }
-                moved[layer][name][index] += step
-                sides.append(numpy_loss(moved, x, y))
-            np.testing.assert_allclose(
-                grad[index], (sides[0] - sides[1]) / 2e-6, rtol=1e-3, atol=1e-6
-            )
-
-
-# ---------------------------------------------------------------------------- the training
-
-
-def small():
-    params = mf.init(jax.random.key(0), [1, 6, 5, 10])
-    return params, *mf.partition(("linear_0", "linear_2"), params)
-
-
-def test_sgd_step_by_hand_and_over_holes():
-    params = {"a": jnp.array([1.0, 2.0]), "b": Hole(), "c": None, "d": 3.0}
-    grads = {"a": jnp.array([10.0, -10.0]), "b": Hole(), "c": None, "d": 1.0}
-    got = mf.sgd_step(params, grads, lr=0.5)
-    same(got, {"a": jnp.array([-4.0, 7.0]), "b": Hole(), "c": None, "d": 2.5})
-    np.testing.assert_allclose(mf.sgd_step(params, grads)["a"], [0.0, 3.0])
-
-
-@pytest.mark.parametrize("lr", [None, 0.3, np.float32(0.3)])
-def test_train_step_moves_what_trains_by_its_gradient(lr):
-    params, trainable, frozen = small()
-    x, y = jnp.arange(4.0)[:, None], jnp.arange(4)
-    before = jax.tree.map(np.asarray, params)
-    new, loss = mf.train_step(trainable, frozen, x, y, *([] if lr is None else [lr]))
-    np.testing.assert_allclose(loss, numpy_loss(params, x, y), rtol=1e-5)
-    # The same step from the gradient of the whole network, which knows nothing of parts.
-    grads = jax.grad(
-        lambda params: mf.loss_fn(
-            {k: {n: Hole() for n in v} for k, v in params.items()}, params, x, y
-        )
-    )(params)
-    for layer in ("linear_0", "linear_2"):
-        for name in "wb":
-            wanted = params[layer][name] - (lr or 0.1) * grads[layer][name]
-            np.testing.assert_allclose(new[layer][name], wanted, rtol=1e-5, atol=1e-6)
-    assert jax.tree.structure(new) == jax.tree.structure(trainable)
-    same(params, before)  # nothing was donated: the caller's arrays are alive and unchanged
-
-
-def test_train_is_train_step_in_a_loop():
-    _, trainable, frozen = small()
-    xs, ys = mf.dataset(jax.random.key(1), 20)
-    looped, losses = trainable, []
-    for x, y in zip(xs, ys):
-        looped, loss = mf.train_step(looped, frozen, x, y, 0.05)
-        losses.append(loss)
-    scanned, scan_losses = mf.train(trainable, frozen, xs, ys, 0.05)
-    same(scanned, looped)
-    same(scan_losses, jnp.stack(losses))
-    assert (mf.train(trainable, frozen, xs, ys)[1] != scan_losses)[1:].all()  # lr is 0.1
-    for leaf in jax.tree.leaves((trainable, frozen)):
-        assert not leaf.is_deleted()
-
-
-def test_one_trace_per_frozen_set(monkeypatch):
-    traces = []
-    monkeypatch.setattr(mf, "apply", lambda *args, real=mf.apply: traces.append(1) or real(*args))
-    params = mf.init(jax.random.key(0), [1, 9, 10])
-    x, y = jnp.ones((3, 1)), jnp.arange(3)
-    for where in ("linear_0", "linear_1"):
-        trainable, frozen = mf.partition(where, params)
-        for lr in (0.1, 0.2, 0.3):
-            trainable, _ = mf.train_step(trainable, frozen, x, y, lr)
-            assert len(traces) == ("linear_0", "linear_1").index(where) + 1
-    mf.train(trainable, frozen, x[None], y[None])
-    once = len(traces)
-    mf.train(trainable, frozen, x[None], y[None])
-    assert len(traces) == once
-
-
-def test_no_gradient_of_a_frozen_leaf_is_computed():
-    """The compiled step has no output, and no product, of a frozen weight's shape."""
-    params = mf.init(jax.random.key(0), [2, 31, 37, 10])
-    trainable, frozen = mf.partition("linear_2", params)
-    x, y = jnp.ones((3, 2)), jnp.arange(3)
-    text = str(jax.make_jaxpr(mf.train_step)(trainable, frozen, x, y))
-    made = re.findall(r":f32\[31,37\] = (\w+)", text)
-    assert made == []
-
-
-def test_everything_and_nothing_can_train():
-    params, _, _ = small()
-    x, y = jnp.ones((2, 1)), jnp.arange(2)
-    everything, loss = mf.train_step(*mf.partition("*", params), x, y)
-    assert not np.array_equal(everything["linear_1"]["w"], params["linear_1"]["w"])
-    nothing, same_loss = mf.train_step(*mf.partition(lambda path, leaf: False, params), x, y)
-    assert jax.tree.leaves(nothing) == []
-    np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
-
-
-def test_bfloat16_frozen_weights_stay_so():
-    _, trainable, frozen = small()
-    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
-    new, _ = mf.train_step(trainable, frozen, jnp.ones((2, 1)), jnp.arange(2))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"float32"}
-
-
-def test_dataset_rows_are_drawn_without_replacement():
-    xs, ys = mf.dataset(jax.random.key(0), 200, batch_size=7, num_classes=9)
-    assert (xs.shape, xs.dtype, ys.shape, ys.dtype) == ((200, 7, 1), "float32", (200, 7), "int32")
-    np.testing.assert_array_equal(xs[..., 0], ys)
-    assert all(len(set(row)) == 7 for row in np.asarray(ys).tolist())
-    assert set(np.asarray(ys).ravel().tolist()) == set(range(9))
-    assert len({tuple(row) for row in np.asarray(ys).tolist()}) > 190
-    assert isinstance(xs, jax.Array)
-    same(mf.dataset(jax.random.key(0), 3), mf.dataset(jax.random.key(0), 3, 10, 10))
-    # A row is a fair draw: each number is in 7/9 of 200 rows, 155.6 on average.
-    counts = np.bincount(np.asarray(ys).ravel())
-    assert (np.abs(counts - 155.6) < 25).all()
-
-
-def test_bfloat16_parameters_keep_their_dtype_whatever_the_learning_rate():
-    params = mf.init(jax.random.key(0), [2, 3, 10], jnp.bfloat16)
-    trainable, frozen = mf.partition("linear_1", params)
-    x, y = jnp.ones((4, 2), jnp.bfloat16), jnp.arange(4)
-    for lr in (0.1, np.float32(0.1), jnp.float32(0.1)):
-        new, _ = mf.train_step(trainable, frozen, x, y, lr)
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"bfloat16"}
-        same(mf.train(trainable, frozen, x[None], y[None], lr)[0], new)
-
-
-def test_hoist_again_sees_what_the_function_closes_over_now():
-    scale = jnp.ones(2)
-
-    def fn(trainable, frozen, x):
-        return (trainable * frozen * x * scale).sum()
-
-    for factor in (1, 3):
-        scale = jnp.full(2, factor)
-        once, rest = mf.hoist(fn, jnp.ones(2), jnp.ones(2), jnp.ones(2))
-        assert rest(jnp.ones(2), jnp.ones(2), once(jnp.ones(2), jnp.ones(2))) == 2 * factor
-
-
-def test_hoisted_functions_return_arrays_without_jit_too():
-    def fn(trainable, frozen, x, scale):
-        return {"size": x.shape[0], "half": 0.5, "scale": scale, "y": trainable * x}
-
-    once, rest = mf.hoist(fn, 1.0, 2.0, jnp.ones(3), 4.0)
-    kept = once(2.0, jnp.ones(3), 5.0)
-    out = rest(1.0, 2.0, kept)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((kept, out)))
-    same(
-        out,
-        {"size": jnp.array(3), "half": jnp.array(0.5), "scale": jnp.array(5.0), "y": jnp.ones(3)},
-    )
-
-
-def test_labels_are_kept_once_however_they_are_used():
-    def fn(trainable, frozen, x, y):
-        logits = jax.nn.relu(x @ frozen) @ trainable
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        right = (logits.argmax(-1) == y).mean()
-        distance = jnp.abs(logits.argmax(-1) - y.astype(float)).mean()
-        return loss + (jax.nn.one_hot(y, 4) * 0.9 * logits).sum(), (right, distance)
-
-    import optax
-
-    batch = jnp.ones((5, 3)), jnp.arange(5) % 4
-    args = jnp.ones((7, 4)), jnp.ones((3, 7))
-    once, rest = mf.hoist(fn, *args, *batch)
-    kept = once(args[1], *batch)
-    assert sorted(leaf.shape for leaf in kept) == [(5,), (5, 7)]
-    for a, b in zip(jax.tree.leaves(rest(*args, kept)), jax.tree.leaves(fn(*args, *batch))):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------ the main job
@@ -3360,6 +3100,267 @@ def test_hoist_raises_what_the_function_raises():
         hoist(loss_fn, trainable, frozen, x[:, :2], y)
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
         hoist(loss_fn, trainable, frozen, x, y.astype(jnp.float32))
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def numpy_logits(params, x):
+    """The MLP in float64, layer after layer in the order of their numbers."""
+    x = np.asarray(x, np.float64)
+    for i in range(len(params)):
+        w, b = (np.asarray(params[f"linear_{i}"][name], np.float64) for name in "wb")
+        x = x @ w + b
+        if i < len(params) - 1:
+            x = np.maximum(x, 0)
+    return x
+
+
+def numpy_loss(params, x, y):
+    logits = numpy_logits(params, x)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(y)[..., None], -1).mean()
+
+
+@pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 2], [2] * 13, (3, np.int64(4), 5)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5)])
+def test_apply_agrees_with_numpy_at_any_depth(sizes, shape):
+    params = mf.init(jax.random.key(1), sizes)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # biases that are not zero
+    x = jax.random.normal(jax.random.key(2), (*shape, sizes[0]))
+    for result in (mf.apply(params, x), jax.jit(mf.apply)(params, x)):
+        assert result.shape == (*shape, sizes[-1])
+        np.testing.assert_allclose(result, numpy_logits(params, x), rtol=2e-5, atol=1e-5)
+    np.testing.assert_array_equal(mf.apply(params, x), mf.apply(params, x.tolist()))
+
+
+def test_init_is_by_key_and_dtype():
+    params = mf.init(jax.random.key(0), [3, 4, 5], jnp.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    assert list(params) == ["linear_0", "linear_1"]
+    other = mf.init(jax.random.key(1), [3, 4, 5], jnp.bfloat16)
+    assert (params["linear_0"]["w"] != other["linear_0"]["w"]).any()
+    same(mf.init(jax.random.PRNGKey(7), [3, 4]), mf.init(jax.random.key(7), [3, 4]))
+    shapes = jax.eval_shape(lambda key: mf.init(key, [3, 4, 5]), jax.random.key(0))
+    assert jax.tree.map(lambda s: s.shape, shapes)["linear_1"] == {"w": (4, 5), "b": (5,)}
+
+
+def test_weights_are_a_normal_cut_at_two_deviations():
+    w = np.asarray(mf.init(jax.random.key(0), [400, 500])["linear_0"]["w"]) * np.sqrt(400)
+    assert np.abs(w).max() <= 2
+    assert np.abs(w).max() > 1.99
+    # The variance of a standard normal cut at +-2: 1 - 4 phi(2) / (2 Phi(2) - 1) = 0.774.
+    assert abs(w.var() - 0.774) < 0.005
+    assert abs(w.mean()) < 0.01
+
+
+def test_loss_agrees_with_numpy():
+    params = mf.init(jax.random.key(0), [3, 8, 5])
+    x, y = jax.random.normal(jax.random.key(1), (4, 6, 3)), jnp.arange(24).reshape(4, 6) % 5
+    loss = mf.loss_fn(*mf.partition("*/b", params), x, y)
+    assert loss.shape == ()
+    np.testing.assert_allclose(loss, numpy_loss(params, x, y), rtol=1e-6)
+
+
+def test_gradients_by_hand():
+    # One layer, one example x = [2, 3], label 0, weights and biases zero: both classes have
+    # p = 1/2, so d loss / d logits = p - one_hot = [-1/2, 1/2]; d loss / d b is just that,
+    # and d loss / d w = outer(x, p - one_hot) = [[-1, 1], [-3/2, 3/2]].
+    params = {"linear_0": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}}
+    x, y = jnp.array([[2.0, 3.0]]), jnp.array([0])
+    for where in ("*", "*/w", "*/b"):
+        grads = jax.grad(mf.loss_fn)(*mf.partition(where, params), x, y)["linear_0"]
+        if where != "*/b":
+            np.testing.assert_allclose(grads["w"], [[-1, 1], [-1.5, 1.5]], rtol=1e-6)
+        if where != "*/w":
+            np.testing.assert_allclose(grads["b"], [-0.5, 0.5], rtol=1e-6)
+        assert is_hole(grads["w"]) == (where == "*/b")
+        assert is_hole(grads["b"]) == (where == "*/w")
+
+
+@pytest.mark.parametrize("where", ["linear_0", "linear_1", "*/b", "*"])
+def test_gradients_against_numpy_differences(where):
+    params = mf.init(jax.random.key(0), [3, 7, 5])
+    params = jax.tree.map(lambda p: p + 0.01, params)
+    x, y = jax.random.normal(jax.random.key(1), (6, 3)), jnp.arange(6) % 5
+    grads = jax.grad(mf.loss_fn)(*mf.partition(where, params), x, y)
+    for path, grad in tree_flatten_with_path(grads)[0]:
+        layer, name = path[0].key, path[1].key
+        for index in [tuple(0 for _ in grad.shape), tuple(-1 for _ in grad.shape)]:
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = {
+                    k: {n: np.array(p, np.float64) for n, p in v.items()} for k, v in params.items()
+                }
+                moved[layer][name][index] += step
+                sides.append(numpy_loss(moved, x, y))
+            np.testing.assert_allclose(
+                grad[index], (sides[0] - sides[1]) / 2e-6, rtol=1e-3, atol=1e-6
+            )
+
+
+# ---------------------------------------------------------------------------- the training
+
+
+def small():
+    params = mf.init(jax.random.key(0), [1, 6, 5, 10])
+    return params, *mf.partition(("linear_0", "linear_2"), params)
+
+
+def test_sgd_step_by_hand_and_over_holes():
+    params = {"a": jnp.array([1.0, 2.0]), "b": Hole(), "c": None, "d": 3.0}
+    grads = {"a": jnp.array([10.0, -10.0]), "b": Hole(), "c": None, "d": 1.0}
+    got = mf.sgd_step(params, grads, lr=0.5)
+    same(got, {"a": jnp.array([-4.0, 7.0]), "b": Hole(), "c": None, "d": 2.5})
+    np.testing.assert_allclose(mf.sgd_step(params, grads)["a"], [0.0, 3.0])
+
+
+@pytest.mark.parametrize("lr", [None, 0.3, np.float32(0.3)])
+def test_train_step_moves_what_trains_by_its_gradient(lr):
+    params, trainable, frozen = small()
+    x, y = jnp.arange(4.0)[:, None], jnp.arange(4)
+    before = jax.tree.map(np.asarray, params)
+    new, loss = mf.train_step(trainable, frozen, x, y, *([] if lr is None else [lr]))
+    np.testing.assert_allclose(loss, numpy_loss(params, x, y), rtol=1e-5)
+    # The same step from the gradient of the whole network, which knows nothing of parts.
+    grads = jax.grad(
+        lambda params: mf.loss_fn(
+            {k: {n: Hole() for n in v} for k, v in params.items()}, params, x, y
+        )
+    )(params)
+    for layer in ("linear_0", "linear_2"):
+        for name in "wb":
+            wanted = params[layer][name] - (lr or 0.1) * grads[layer][name]
+            np.testing.assert_allclose(new[layer][name], wanted, rtol=1e-5, atol=1e-6)
+    assert jax.tree.structure(new) == jax.tree.structure(trainable)
+    same(params, before)  # nothing was donated: the caller's arrays are alive and unchanged
+
+
+def test_train_is_train_step_in_a_loop():
+    _, trainable, frozen = small()
+    xs, ys = mf.dataset(jax.random.key(1), 20)
+    looped, losses = trainable, []
+    for x, y in zip(xs, ys):
+        looped, loss = mf.train_step(looped, frozen, x, y, 0.05)
+        losses.append(loss)
+    scanned, scan_losses = mf.train(trainable, frozen, xs, ys, 0.05)
+    same(scanned, looped)
+    same(scan_losses, jnp.stack(losses))
+    assert (mf.train(trainable, frozen, xs, ys)[1] != scan_losses)[1:].all()  # lr is 0.1
+    for leaf in jax.tree.leaves((trainable, frozen)):
+        assert not leaf.is_deleted()
+
+
+def test_one_trace_per_frozen_set(monkeypatch):
+    traces = []
+    monkeypatch.setattr(mf, "apply", lambda *args, real=mf.apply: traces.append(1) or real(*args))
+    params = mf.init(jax.random.key(0), [1, 9, 10])
+    x, y = jnp.ones((3, 1)), jnp.arange(3)
+    for where in ("linear_0", "linear_1"):
+        trainable, frozen = mf.partition(where, params)
+        for lr in (0.1, 0.2, 0.3):
+            trainable, _ = mf.train_step(trainable, frozen, x, y, lr)
+            assert len(traces) == ("linear_0", "linear_1").index(where) + 1
+    mf.train(trainable, frozen, x[None], y[None])
+    once = len(traces)
+    mf.train(trainable, frozen, x[None], y[None])
+    assert len(traces) == once
+
+
+def test_no_gradient_of_a_frozen_leaf_is_computed():
+    """The compiled step has no output, and no product, of a frozen weight's shape."""
+    params = mf.init(jax.random.key(0), [2, 31, 37, 10])
+    trainable, frozen = mf.partition("linear_2", params)
+    x, y = jnp.ones((3, 2)), jnp.arange(3)
+    text = str(jax.make_jaxpr(mf.train_step)(trainable, frozen, x, y))
+    made = re.findall(r":f32\[31,37\] = (\w+)", text)
+    assert made == []
+
+
+def test_everything_and_nothing_can_train():
+    params, _, _ = small()
+    x, y = jnp.ones((2, 1)), jnp.arange(2)
+    everything, loss = mf.train_step(*mf.partition("*", params), x, y)
+    assert not np.array_equal(everything["linear_1"]["w"], params["linear_1"]["w"])
+    nothing, same_loss = mf.train_step(*mf.partition(lambda path, leaf: False, params), x, y)
+    assert jax.tree.leaves(nothing) == []
+    np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
+
+
+def test_bfloat16_frozen_weights_stay_so():
+    _, trainable, frozen = small()
+    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
+    new, _ = mf.train_step(trainable, frozen, jnp.ones((2, 1)), jnp.arange(2))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"float32"}
+
+
+def test_dataset_rows_are_drawn_without_replacement():
+    xs, ys = mf.dataset(jax.random.key(0), 200, batch_size=7, num_classes=9)
+    assert (xs.shape, xs.dtype, ys.shape, ys.dtype) == ((200, 7, 1), "float32", (200, 7), "int32")
+    np.testing.assert_array_equal(xs[..., 0], ys)
+    assert all(len(set(row)) == 7 for row in np.asarray(ys).tolist())
+    assert set(np.asarray(ys).ravel().tolist()) == set(range(9))
+    assert len({tuple(row) for row in np.asarray(ys).tolist()}) > 190
+    assert isinstance(xs, jax.Array)
+    same(mf.dataset(jax.random.key(0), 3), mf.dataset(jax.random.key(0), 3, 10, 10))
+    # A row is a fair draw: each number is in 7/9 of 200 rows, 155.6 on average.
+    counts = np.bincount(np.asarray(ys).ravel())
+    assert (np.abs(counts - 155.6) < 25).all()
+
+
+def test_bfloat16_parameters_keep_their_dtype_whatever_the_learning_rate():
+    params = mf.init(jax.random.key(0), [2, 3, 10], jnp.bfloat16)
+    trainable, frozen = mf.partition("linear_1", params)
+    x, y = jnp.ones((4, 2), jnp.bfloat16), jnp.arange(4)
+    for lr in (0.1, np.float32(0.1), jnp.float32(0.1)):
+        new, _ = mf.train_step(trainable, frozen, x, y, lr)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(new)} == {"bfloat16"}
+        same(mf.train(trainable, frozen, x[None], y[None], lr)[0], new)
+
+
+def test_hoist_again_sees_what_the_function_closes_over_now():
+    scale = jnp.ones(2)
+
+    def fn(trainable, frozen, x):
+        return (trainable * frozen * x * scale).sum()
+
+    for factor in (1, 3):
+        scale = jnp.full(2, factor)
+        once, rest = mf.hoist(fn, jnp.ones(2), jnp.ones(2), jnp.ones(2))
+        assert rest(jnp.ones(2), jnp.ones(2), once(jnp.ones(2), jnp.ones(2))) == 2 * factor
+
+
+def test_hoisted_functions_return_arrays_without_jit_too():
+    def fn(trainable, frozen, x, scale):
+        return {"size": x.shape[0], "half": 0.5, "scale": scale, "y": trainable * x}
+
+    once, rest = mf.hoist(fn, 1.0, 2.0, jnp.ones(3), 4.0)
+    kept = once(2.0, jnp.ones(3), 5.0)
+    out = rest(1.0, 2.0, kept)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((kept, out)))
+    same(
+        out,
+        {"size": jnp.array(3), "half": jnp.array(0.5), "scale": jnp.array(5.0), "y": jnp.ones(3)},
+    )
+
+
+def test_labels_are_kept_once_however_they_are_used():
+    def fn(trainable, frozen, x, y):
+        logits = jax.nn.relu(x @ frozen) @ trainable
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        right = (logits.argmax(-1) == y).mean()
+        distance = jnp.abs(logits.argmax(-1) - y.astype(float)).mean()
+        return loss + (jax.nn.one_hot(y, 4) * 0.9 * logits).sum(), (right, distance)
+
+    import optax
+
+    batch = jnp.ones((5, 3)), jnp.arange(5) % 4
+    args = jnp.ones((7, 4)), jnp.ones((3, 7))
+    once, rest = mf.hoist(fn, *args, *batch)
+    kept = once(args[1], *batch)
+    assert sorted(leaf.shape for leaf in kept) == [(5,), (5, 7)]
+    for a, b in zip(jax.tree.leaves(rest(*args, kept)), jax.tree.leaves(fn(*args, *batch))):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------- the bench
