@@ -1280,6 +1280,7 @@ def test_the_walk_through_as_it_is_run(tmp_path):
     assert mf.summary(trainable=trainable, frozen=frozen) in done.stdout
     logits = numpy_logits(params, np.arange(10.0)[:, None])
     assert guesses == [str(n) for n in logits.argmax(-1)]
+    assert "10000 steps, loss " in done.stdout
     assert lines[-2:] == [
         "changed: linear_0/b, linear_0/w, linear_2/b, linear_2/w",
         "bit for bit as before: linear_1/b, linear_1/w",
@@ -1375,8 +1376,8 @@ def test_the_plot_draws_every_parameter_twice_and_marks_the_frozen(monkeypatch, 
     for above, below in zip(axes[:4], axes[4:]):  # one scale, with zero in its middle
         low, high = above.images[0].get_clim()
         assert (low, high) == below.images[0].get_clim()
-        assert low == -high < 0  # also where all is zero, which is then in the colour of zero
-        assert high == max(np.abs(axis.images[0].get_array()).max() for axis in (above, below)) or 1
+        largest = max(np.abs(axis.images[0].get_array()).max() for axis in (above, below))
+        assert -low == high == (largest or 1)  # a parameter that is all zero has zero's colour
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys):
