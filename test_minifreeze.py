@@ -478,6 +478,7 @@ def test_a_glob_takes_a_single_leaf_by_its_empty_name():
 def test_holes_survive_what_people_do_with_trees():
     trainable, frozen = mf.partition("a", {"a": jnp.ones(2), "b": jnp.ones(3)})
     assert frozen["a"] == Hole() != trainable["a"]
+    assert {Hole(), Hole()} == {Hole()}  # hashed, so that it may stand in a static argument
     for copy in [
         jax.jit(lambda tree: tree)(trainable),
         jax.device_put(trainable),
