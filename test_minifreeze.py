@@ -1411,7 +1411,7 @@ def link_packages(folder, *names):
 def test_copied_alone_into_a_package_of_another_name(tmp_path):
     (tmp_path / "site").mkdir()
     link_packages(tmp_path / "site", "jax", "numpy")
-    package = tmp_path / "their_project"
+    package = tmp_path / "TheirProject"  # any name: this one sorts before "__main__"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "freezing.py").write_bytes((HERE / "minifreeze.py").read_bytes())
@@ -1419,7 +1419,7 @@ def test_copied_alone_into_a_package_of_another_name(tmp_path):
 import pickle, sys
 sys.path += ['.', 'site']
 import jax, jax.numpy as jnp
-from their_project import freezing
+from TheirProject import freezing
 params = freezing.init(jax.random.key(0), [1, 4, 10])
 trainable, frozen = freezing.partition('linear_1', params)
 once, rest = freezing.hoist(freezing.loss_fn, trainable, frozen, jnp.ones((2, 1)), jnp.arange(2))
