@@ -324,7 +324,7 @@ def _leaves(tree: PyTree) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _names(tree: PyTree, above: str = "") -> Iterator[str]:
-    """The name of every leaf, made without key paths where it is all dicts: twice as fast."""
+    """The name of every leaf; below dicts without making key paths, which is twice as fast."""
     if type(tree) is dict:
         for key in sorted(tree):
             yield from _names(tree[key], f"{above}{key!s}/")
