@@ -1,5 +1,7 @@
 """Proves that the types of minifreeze serve a typed program: mypy strict and pyright read it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -29,12 +31,26 @@ def train_head(params: Params, x: jax.Array, y: jax.Array, steps: int) -> tuple[
     trainable, losses = mf.train(trainable, frozen, x[None], y[None])
     text: str = mf.summary(trainable=trainable, frozen=frozen)
     print(text, losses.shape, Hole())
-    whole: Params = mf.merge(trainable, frozen)
-    started: PyTree = mf.warm_start(whole, params)
+    whole = mf.merge(trainable, frozen)
+    started: Params = mf.warm_start(whole, params)
     bools: PyTree = mf.mask("*/b", started)
     print(bools)
     return whole, float(loss)
 
 
+class Model(NamedTuple):
+    body: jax.Array
+    head: jax.Array
+
+
+def thaw(model: Model, old: Model) -> tuple[jax.Array, Model]:
+    """A model's own type survives: its fields have types after each of the five."""
+    head, body = mf.partition("head", model)
+    moved = mf.sgd_step(head, grads=head, lr=0.1)
+    whole = mf.warm_start(mf.merge(moved, body), old)
+    return whole.head + moved.head, whole
+
+
 xs, ys = mf.dataset(jax.random.key(1), num_records=1)
 train_head(mf.init(jax.random.key(0), [1, 4, 4, 10], jnp.float32), xs[0], ys[0], steps=2)
+thaw(Model(jnp.ones(2), jnp.ones(3)), Model(jnp.zeros(2), jnp.zeros(3)))
