@@ -259,7 +259,7 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     specs = jax.eval_shape(lambda *args: args, trainable, frozen, batch)
     # A function of its own, for JAX remembers what it traced, and fn may close over new values.
     traced, out = jax.make_jaxpr(lambda *a: fn(*a), return_shape=True)(trainable, frozen, *batch)
-    closed = jax.make_jaxpr(jaxpr_as_fun(_inline(traced)))(*jax.tree.leaves(specs))
+    closed = _open(traced)
     args = jax.tree.unflatten(jax.tree.structure(specs), closed.jaxpr.invars)
     keep = _keep(closed, *map(jax.tree.leaves, args))
     run_once = jaxpr_as_fun(_cut(closed, jax.tree.leaves(args[1:]), keep, effects=False))
@@ -285,15 +285,16 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     return once, rest
 
 
-def _inline(closed: Any) -> Any:
-    """A jaxpr whose jits, at any depth, JAX opens when it traces it again (but for shardings)."""
+def _open(closed: Any) -> Any:
+    """A jaxpr with every jit, at any depth, replaced by its body; not if it has shardings."""
     eqns = []
     for eqn in closed.jaxpr.eqns:
         if eqn.primitive.name in ("jit", "pjit"):  # its name until jax 0.6
-            inner = _inline(eqn.params["jaxpr"])
+            inner = _open(eqn.params["jaxpr"])
             eqn = eqn.replace(params={**eqn.params, "jaxpr": inner, "inline": True})
         eqns.append(eqn)
-    return closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
+    marked = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
+    return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
 
 
 def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) -> list[Any]:
@@ -312,10 +313,10 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
             every_step.update(eqn.outvars)
             used |= inputs
             continue
-        behind = set().union(*(origin[var] for var in batch))
+        behind = min(set().union(*(origin[var] for var in batch)), fewest_bytes(batch), key=_bytes)
         if any(np.ndim(a.val) if isinstance(a, Literal) else a in weights for a in eqn.invars):
             weights.update(eqn.outvars)
-            behind = fewest_bytes(batch) if eqn.primitive.name in _CHEAP else set()
+            behind = behind if eqn.primitive.name in _CHEAP else set()
         origin |= {var: behind or {var} for var in eqn.outvars if batch}
     kept = fewest_bytes(used & origin.keys())
     # What can be had of the others need not be kept beside them.
@@ -324,13 +325,12 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
 
 def _cut(closed: Any, invars: list[Any], outvars: list[Any], effects: bool = True) -> Any:
     """A jaxpr from ``invars`` to ``outvars``: what they need, and what has an effect."""
-    needed, eqns = _variables(outvars).difference(invars), []
+    needed, eqns = _variables(outvars).difference(invars), list[Any]()
     for eqn in reversed(closed.jaxpr.eqns):
         if (effects and eqn.effects) or not needed.isdisjoint(eqn.outvars):
             needed |= _variables(eqn.invars).difference(invars)
-            eqns.append(eqn)
-    part = closed.jaxpr.replace(invars=invars, eqns=eqns[::-1], outvars=outvars)
-    return closed.replace(jaxpr=part)
+            eqns.insert(0, eqn)
+    return closed.replace(jaxpr=closed.jaxpr.replace(invars=invars, eqns=eqns, outvars=outvars))
 
 
 def _variables(atoms: Iterable[Any]) -> set[Any]:
