@@ -471,7 +471,7 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
     for column, pair in zip(figure.subplots(2, len(pairs)).T, pairs):
         limit = max(float(jnp.abs(leaf).max()) for _, leaf in pair) or 1.0
         for axis, (path, leaf), when in zip(column, pair, ("before", "after")):
-            axis.set(title=f"{_name(path)}\n{held.get(path, 'trains')}", xlabel=when)
+            axis.set(title=f"{_name(path)}\n{held.get(path, 'trains')}", xlabel=when, yticks=[])
             axis.imshow(np.atleast_2d(leaf), aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
         figure.colorbar(column[0].images[0], ax=list(column), location="bottom")
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # the whole picture or none
