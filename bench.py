@@ -5,26 +5,15 @@
 # SPDX-License-Identifier: MIT
 """bench: what freezing buys on this machine, across its devices, for your model.
 
-    python bench.py                                      # every table, under 90 seconds
-    python bench.py --model mine.py:make --train 'head/*'          # your own model
-    python bench.py --devices 8 64 512 --compile-only    # a cluster, planned on a laptop
-    python bench.py --json run.json --plot run.png       # to keep; --render run.json: Markdown
+    python bench.py                                         # every table, under 90 seconds
+    python bench.py --model mine.py:make --train 'head/*'   # your own model
+    python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
+    python bench.py --json run.json --plot run.png          # to keep
 
-To decide whether to freeze, what, and how, one needs to know what a step costs then. The
-bench prints what it runs on and, as soon as each row is there, the tables:
-
-    methods   five ways to hold layers still, plain and with clipping by global norm
-    prefix    the first 0, 1, 2, ... layers frozen
-    devices   data-parallel: the step's time, and the bytes that devices send each other
-    run       10,000 steps of the walk-through: a dispatch a step, or one for all (scan)
-    peers     the same step in Haiku, Equinox, Flax NNX and optax (with --peers)
-
-A row has the median step time and its spread (median absolute deviation), its ratio to
-training everything, compile time, XLA's FLOPs beside the least that the maths needs, the
-share of the measured peak, and the bytes that are temporary, that train, that are sent. Time
-is taken in rounds, each case once a round, and ratios within a round, so that a machine that
-slows down slows them all. Before it times methods that must agree, the bench makes sure that
-they do. FLOPs and bytes are read from the compiled program, the same on every machine of a kind.
+It prints what it runs on, its tables row by row, and the answer in its last lines. Every step
+donates its state and is fed its own result. Cases are timed in rounds, in a shuffled order, and
+compared within a round, so that what slows the machine down slows them all; those that must
+take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
 """
 
 from __future__ import annotations
@@ -33,27 +22,28 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
+import gc
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
+import random
 import re
 import signal
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import pairwise
-from typing import Any, NoReturn, TypeAlias
+from functools import partial
+from itertools import pairwise, product
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +54,22 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 import minifreeze as mf
 
-PyTree: TypeAlias = Any
-Step: TypeAlias = Callable[..., tuple[PyTree, Any]]  # (state, *args) -> (state, loss)
+Tree: TypeAlias = Any
+Data: TypeAlias = Any  # (params, batch), the batch a tuple
+Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
+Options: TypeAlias = argparse.Namespace
 
-# jax leaves these without types.
-wait: Callable[[PyTree], PyTree] = jax.block_until_ready
-configure: Callable[[str, Any], None] = jax.config.update
+wait: Any = jax.block_until_ready
+config: Any = jax.config  # jax leaves these without types
 Spec: Any = PartitionSpec
 
-RATE, CLIP = 0.1, 0.1  # a norm that the problems' gradients exceed, so that clipping clips
-SAMPLE_S = 0.01  # what is timed takes at least this long, far above the clock's grain
-JOIN_S, SILENCE_S = 60, 60  # how long a process waits for the cluster, how long it may be silent
-OUT_OF_MEMORY = " (out of memory)"
+SGD_RATE, ADAM_RATE = 0.1, 1e-3
+CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
+SAMPLE_S, SAMPLE_STEPS = 0.05, 3  # a sample is no shorter, far above the clock's grain
 RUN_STEPS = 10_000
+VECTOR = 2**24  # floats that no cache holds
+OUT_OF_MEMORY = "out of memory"
+JOIN_S = 60  # how long a process waits for its cluster
 
 
 class Refused(Exception):
@@ -84,460 +77,196 @@ class Refused(Exception):
 
 
 class Broken(Exception):
-    """The measurement cannot be trusted: one line on stderr, exit code 1."""
+    """The measurement cannot be trusted, or not go on: one line on stderr, exit code 1."""
 
 
-# ------------------------------------------------------------------------------- the rows
-
-
-@dataclass
-class Row:
-    """One line of a table and of the JSON, in its keys and their order; None: no such figure.
-
-    ``vs_all`` compares with ``all`` of the same problem, clipping and layout; ``peak_share``
-    is ``flops`` a second over the peak; FLOPs, temporary bytes and ``collective_bytes`` are
-    those of one step on one device.
-    """
-
-    table: str
-    problem: str
-    method: str
-    clip: bool = False
-    platform: str = dataclasses.field(default_factory=jax.default_backend)
-    devices: int = 1
-    simulated: bool = False
-    layout: str | None = None
-    step_s: float | None = None
-    spread_s: float | None = None
-    vs_all: float | None = None
-    compile_s: float | None = None
-    flops: int | None = None
-    flops_min: int | None = None
-    peak_share: float | None = None
-    temp_bytes: int | None = None
-    trainable_bytes: int | None = None
-    collective_bytes: int | None = None
-
-
-def quantity(value: float | None, unit: str) -> str:
-    """Three digits with a prefix, nothing for None.
-
-    >>> quantity(0.0012345, "s"), quantity(82, "B"), quantity(1.885e9, ""), quantity(None, "s")
-    ('1.23 ms', '82 B', '1.89 G', '')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, int) and value < 1000:
-        return f"{value} {unit}".rstrip()
-    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 999.9 is 1.00 k
-    prefix = {
-        -5: "f",
-        -4: "p",
-        -3: "n",
-        -2: "µ",
-        -1: "m",
-        0: "",
-        1: "k",
-        2: "M",
-        3: "G",
-        4: "T",
-        5: "P",
-    }
-    scaled = value / 1000 ** (exponent // 3)
-    return f"{scaled:.{2 - exponent % 3}f} {prefix[exponent // 3]}{unit}".rstrip()
-
-
-@dataclass(frozen=True)
-class Column:
-    title: str
-    width: int
-    cell: Callable[[Row], str]
-    devices_only: bool = False
-
-    def shown_in(self, table: str) -> bool:
-        return table == "devices" or not self.devices_only
-
-
-def _count(row: Row) -> str:
-    return f"{row.devices} {row.platform}{' simulated' if row.simulated else ''}"
-
-
-COLUMNS = (
-    Column("problem", 14, lambda row: row.problem),
-    Column("method", 15, lambda row: row.method),
-    Column("clip", 4, lambda row: "yes" if row.clip else ""),
-    Column("devices", 15, _count, devices_only=True),
-    Column("layout", 10, lambda row: row.layout or "", devices_only=True),
-    Column("step", 8, lambda row: quantity(row.step_s, "s")),
-    Column("±", 8, lambda row: quantity(row.spread_s, "s")),
-    Column("vs all", 7, lambda row: "" if row.vs_all is None else f"{row.vs_all:.3f}x"),
-    Column("compile", 8, lambda row: quantity(row.compile_s, "s")),
-    Column("FLOPs", 7, lambda row: quantity(row.flops, "")),
-    Column("least", 7, lambda row: quantity(row.flops_min, "")),
-    Column("of peak", 7, lambda row: "" if row.peak_share is None else f"{row.peak_share:.1%}"),
-    Column("temp", 8, lambda row: quantity(row.temp_bytes, "B")),
-    Column("trains", 8, lambda row: quantity(row.trainable_bytes, "B")),
-    Column("sent", 8, lambda row: quantity(row.collective_bytes, "B"), devices_only=True),
-)
-NAMES = ("problem", "method", "clip", "devices", "layout")  # set to the left
-
-
-def line(cells: Sequence[str], columns: Sequence[Column]) -> str:
-    """Cells under each other on the screen, widths known before the rows are."""
-    return "  ".join(
-        cell.ljust(column.width) if column.title in NAMES else cell.rjust(column.width)
-        for cell, column in zip(cells, columns)
-    ).rstrip()
-
-
-def card_text(card: dict[str, Any]) -> str:
-    """What a run ran on, in a line."""
-    return (
-        f"jax {card['jax']}, jaxlib {card['jaxlib']}, numpy {card['numpy']}, "
-        f"Python {card['python']}; {card['device_count']} x {card['device_kind']} "
-        f"({card['platform']}); {card['cpu']}; {card['date']}; {card['dtype']} products at "
-        f"{quantity(card['peak_flops'], 'FLOP/s') or 'no measured rate'}"
-    )
-
-
-def render(results: dict[str, Any], tables: Sequence[str]) -> str:
-    """The results of a run as Markdown: what it ran on, and its tables' columns with figures."""
-    rows = [Row(**row) for row in results["rows"]]
-    parts = [card_text(results["card"]) + ("" if results["complete"] else "; interrupted")]
-    for table in tables:
-        if chosen := [row for row in rows if row.table == table]:
-            parts.append(f"**{table}**: {TABLES[table].says}\n\n{_markdown(chosen)}")
-    return "\n\n".join(parts)
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    columns = [
-        column
-        for column in COLUMNS
-        if column.shown_in(rows[0].table) and any(column.cell(row) for row in rows)
-    ]
-    rule = ["---" if column.title in NAMES else "---:" for column in columns]
-    lines = [[column.title for column in columns], rule]
-    lines += [[column.cell(row) for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-class Report:
-    """Prints rows as they come, holds them, and writes them down at the end."""
-
-    def __init__(self, card: dict[str, Any], json_file: str | None, plot_file: str | None):
-        self.card, self.rows = card, list[Row]()
-        self.json_file, self.plot_file = json_file, plot_file
-
-    def say(self, text: str) -> None:
-        if jax.process_index() == 0:
-            print(text, flush=True)
-
-    def add(self, row: Row) -> None:
-        columns = [column for column in COLUMNS if column.shown_in(row.table)]
-        if not self.rows or self.rows[-1].table != row.table:
-            self.say(f"\n{row.table}: {TABLES[row.table].says}")
-            self.say(line([column.title for column in columns], columns))
-        self.rows.append(row)
-        self.say(line([column.cell(row) for column in columns], columns))
-
-    def finish(self, complete: bool) -> None:
-        """Writes what there is: all of it, or what an interruption left."""
-        if jax.process_index() != 0:
-            return
-        if not complete:
-            self.say(f"\nnot complete: ended after {len(self.rows)} rows")
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        if self.json_file is not None:
-            results = {"card": self.card, "complete": complete, "rows": rows}
-            with replaced(self.json_file) as path, open(path, "w", encoding="utf-8") as file:
-                json.dump(results, file, indent=1, allow_nan=False)
-                file.write("\n")
-            self.say(f"written: {self.json_file}")
-        if self.plot_file is not None and any(row.step_s for row in self.rows):
-            draw(self.rows, self.plot_file)
-            self.say(f"drawn: {self.plot_file}")
-
-
-@contextlib.contextmanager
-def replaced(target: str, keep: bool = True) -> Iterator[str]:
-    """A file to write beside ``target``, which takes its place once it is whole."""
-    target = os.path.realpath(target)
-    beside = f"{target}.{os.getpid()}.part"
-    try:
-        yield beside
-        if keep:
-            os.replace(beside, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
-
-
-def draw(rows: Sequence[Row], target: str) -> None:
-    """Draws time against frozen layers, a line a method, and the methods as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
-    timed = [row for row in rows if row.step_s is not None]
-    left, right = figure.subplots(1, 2)
-    _draw_prefix(left, [row for row in timed if row.table == "prefix"])
-    _draw_methods(right, [row for row in timed if row.table == "methods"])
-    with replaced(target) as path:
-        figure.savefig(path, dpi=200, format=extension(target))
-
-
-COLORS = {
-    "all": "#777777",
-    "partition": "#0072b2",
-    "hoist": "#009e73",
-    "stop_gradient": "#e69f00",
-    "mask": "#d55e00",
-}
-
-
-def _draw_prefix(axis: Any, rows: Sequence[Row]) -> None:
-    axis.set(yscale="log", xlabel="layers frozen, from the first", ylabel="ms a step")
-    axis.set_title(f"{rows[0].problem.partition(',')[0]}, layer by layer" if rows else "prefix")
-    for method in dict.fromkeys(row.method for row in rows):
-        chosen = [row for row in rows if row.method == method]
-        counts = [int(row.problem.split()[1]) for row in chosen]  # "deep, 3 frozen"
-        times = [1e3 * (row.step_s or 0) for row in chosen]
-        axis.plot(counts, times, "o-", color=COLORS[method], label=method)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-    _tidy(axis, "lower left", 1)
-
-
-def _draw_methods(axis: Any, rows: Sequence[Row]) -> None:
-    problem = rows[-1].problem if rows else "methods"
-    methods = list(dict.fromkeys(row.method for row in rows))
-    styles = [(False, -0.2, "", "plain"), (True, 0.2, "////", "clipped by global norm")]
-    for clip, aside, hatch, label in styles:
-        chosen = [row for row in rows if (row.problem, row.clip) == (problem, clip)]
-        places = [methods.index(row.method) + aside for row in chosen]
-        times = [1e3 * (row.step_s or 0) for row in chosen]
-        colors = [COLORS[row.method] for row in chosen]
-        bars = axis.bar(
-            places, times, 0.38, color=colors, hatch=hatch, edgecolor="white", label=label
-        )
-        axis.bar_label(bars, fmt="{:.3g}", fontsize=8)
-    axis.set(title=f"{problem}, ways to freeze", ylabel="ms a step", yscale="log")
-    axis.set_xticks(range(len(methods)), methods)
-    if rows:
-        axis.set_ylim(top=3 * axis.get_ylim()[1])  # room for the legend
-    _tidy(axis, "upper right", 2)
-
-
-def _tidy(axis: Any, place: str, columns: int) -> None:
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False, loc=place, ncols=columns)
-
-
-# --------------------------------------------------------------- the problems and methods
-
-
-@dataclass(frozen=True)
-class Data:
-    """The parameters and the batch of a problem: their shapes, and they, when first needed."""
-
-    draw: Callable[[], tuple[PyTree, tuple[PyTree, ...]]]
-
-    @functools.cached_property
-    def shapes(self) -> tuple[PyTree, tuple[PyTree, ...]]:
-        shapes: tuple[PyTree, tuple[PyTree, ...]] = jax.eval_shape(self.draw)
-        return shapes
-
-    @functools.cached_property
-    def arrays(self) -> tuple[PyTree, tuple[PyTree, ...]]:
-        return self.draw()
+# --------------------------------------------------------------------------- the problems
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What trains, by which ``loss(params, *batch)``, on what."""
+    """What trains, by which ``loss(params, *batch)``; ``make(n)`` draws both for n devices."""
 
     name: str
     where: mf.Where
     loss: Callable[..., jax.Array]
-    data: Data
+    make: Callable[[int], Data]
     sizes: tuple[int, ...] = ()  # of the MLP; a model of the user's has none
-    batch: int = 0
+    batch: int = 0  # rows, for each device
+
+    def shapes(self, devices: int = 1) -> Data:
+        return jax.eval_shape(lambda: self.make(devices))
 
 
-def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: Any) -> Problem:
-    """The module's MLP, on ``batch`` rows of noise."""
-
-    def draw() -> tuple[PyTree, tuple[PyTree, ...]]:
-        key_w, key_x, key_y = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(key_x, (batch, sizes[0]), dtype)
-        y = jax.random.randint(key_y, (batch,), 0, sizes[-1])
-        return _init(key_w, tuple(sizes), dtype), (x, y)
-
-    return Problem(name, where, mlp_loss, Data(draw), tuple(sizes), batch)
-
-
-_init = jax.jit(mf.init, static_argnums=(1, 2))
-
-
-def mlp_loss(params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-    return mf.loss_fn(*mf.partition("*", params), x, y)
-
-
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
     "seed": ((1, 300, 100, 10), 10, ["linear_0", "linear_2"]),
     "wide": ((784, 1024, 1024, 10), 128, ["linear_0", "linear_2"]),
     "deep": ((1024, 2048, 2048, 2048, 2048, 10), 64, ["linear_4"]),
 }
 
 
-def refuse_misfits(problem: Problem) -> None:
-    """Refuses a choice that takes no leaf of the parameters, or trains none."""
-    try:
-        trainable, _ = mf.partition(problem.where, problem.data.shapes[0])
-    except ValueError as error:
-        raise Refused(f"{problem.name}: {error}") from None
-    if not jax.tree.leaves(trainable):
-        raise Refused(f"{problem.name}: nothing trains with {problem.where!r}")
+def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: str) -> Problem:
+    """The module's MLP, on ``batch`` rows of noise a device."""
+
+    def make(devices: int) -> Data:
+        key_w, key_x, key_y = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(key_x, (devices * batch, sizes[0]), dtype)
+        y = jax.random.randint(key_y, (devices * batch,), 0, sizes[-1])
+        return jax.jit(mf.init, static_argnums=(1, 2))(key_w, tuple(sizes), dtype), (x, y)
+
+    def loss(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
+        return mf.loss_fn(*mf.partition("*", params), x, y)
+
+    return Problem(name, where, loss, make, tuple(sizes), batch)
 
 
-def load_model(spec: str, where: mf.Where) -> Problem:
-    """The problem in FILE.py:NAME, where NAME() gives (loss_fn, params, batch)."""
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not name:
-        raise Refused(f"--model {spec}: name it FILE.py:NAME")
-    if not os.path.isfile(file):
-        raise Refused(f"--model {spec}: there is no file {file}")
-    found = importlib.util.spec_from_file_location("bench_model", file)
-    if found is None or found.loader is None:
-        raise Refused(f"--model {spec}: {file} cannot be imported")
-    module = importlib.util.module_from_spec(found)
-    sys.modules["bench_model"] = module  # where a dataclass looks for its module
-    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
-    found.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise Refused(f"--model {spec}: {file} has no function {name}")
-    return _model_problem(spec, getattr(module, name)(), where)
+@functools.lru_cache(maxsize=4)  # all that were ever drawn would fill the memory
+def drawn(make: Callable[[int], Data], devices: int = 1) -> Data:
+    return make(devices)
 
 
-def _model_problem(spec: str, made: Any, where: mf.Where) -> Problem:
-    wanted = f"--model {spec}: it must return (loss_fn, params, batch)"
-    if not isinstance(made, tuple | list) or len(made) != 3:
-        raise Refused(f"{wanted}, got {_kind(made)}")
-    loss, params, batch = made
-    if not callable(loss) or not isinstance(batch, tuple | list):
-        raise Refused(f"{wanted}, a function, a tree and a tuple, got {_kind(made)}")
-    for path, leaf in tree_flatten_with_path((params, tuple(batch)))[0]:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
-            raise Refused(f"{wanted} of arrays, got {type(leaf).__name__} at {_name(path)!r}")
-    params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
-    for path, leaf in tree_flatten_with_path(params)[0]:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise Refused(
-                f"{wanted}, and {_name(path)!r} in params is {leaf.dtype}, which cannot train: "
-                "hand it in with the batch"
-            )
-    if not _is_scalar(out := jax.eval_shape(loss, params, *batch)):
-        raise Refused(f"{wanted}, and loss_fn(params, *batch) a floating-point number, not {out}")
-    return Problem(spec.rpartition(":")[2], where, loss, Data(lambda: (params, batch)))
+# ------------------------------------------------------------ five ways to hold layers still
 
 
-def _is_scalar(out: Any) -> bool:
-    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
-    return shape == () and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+class Way(NamedTuple):
+    """What a step differentiates, what it is given beside that, and the loss of the two."""
+
+    state: Tree  # donated, and replaced by its update
+    args: tuple[Tree, ...]  # never closed over: XLA would fold them into the program
+    loss: Callable[..., jax.Array]  # loss(state, *args)
+    grads: Callable[[Tree], Tree] = lambda grads: grads  # what becomes of the gradients
+    once: Callable[[], Tree] | None = None  # what was computed before the first step
 
 
-def _kind(made: Any) -> str:
-    if isinstance(made, tuple | list):
-        return f"({', '.join(type(item).__name__ for item in made)})"
-    return type(made).__name__
+def train_all(problem: Problem, params: Tree, batch: Tree) -> Way:
+    """Holds nothing still."""
+    return Way(params, batch, problem.loss)
 
 
-def _name(path: Any) -> str:
-    return keystr(path, simple=True, separator="/")
+def partition(problem: Problem, params: Tree, batch: Tree) -> Way:
+    """Differentiates what trains: no frozen gradient is made, and the state is that alone."""
+
+    def loss(trainable: Tree, frozen: Tree, *batch: Tree) -> jax.Array:
+        return problem.loss(mf.merge(trainable, frozen), *batch)
+
+    trainable, frozen = mf.partition(problem.where, params)
+    return Way(trainable, (frozen, *batch), loss)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A jitted step ``step(state, *args)``, how to lay out its arguments, and to read them."""
-
-    step: Step
-    arrange: Callable[[PyTree, tuple[PyTree, ...]], tuple[PyTree, ...]]
-    params: Callable[..., PyTree]  # (state, *args) -> the parameters
-
-
-def method_of(name: str, problem: Problem, clip: bool = False) -> Method:
-    """One way to take an SGD step on what trains and hold the rest still.
-
-    ``partition`` and ``hoist`` differentiate what trains, and their state is that alone;
-    ``stop_gradient`` and ``mask`` differentiate all parameters, and get or make zeros for the
-    frozen. ``all`` freezes nothing. Data, frozen leaves and features are arguments: XLA would
-    fold what a closure holds into the program, and the step would seem to cost nothing.
-    """
-    where, loss = problem.where, problem.loss
-
-    def loss_of_parts(trainable: PyTree, frozen: PyTree, *batch: PyTree) -> jax.Array:
-        return loss(mf.merge(trainable, frozen), *batch)
-
-    def loss_stopped(params: PyTree, *batch: PyTree) -> jax.Array:
-        trainable, frozen = mf.partition(where, params)
-        return loss(mf.merge(trainable, jax.lax.stop_gradient(frozen)), *batch)
-
-    def masked(grads: PyTree) -> PyTree:
-        return jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
-
-    def whole(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return params, *batch
-
-    def parts(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return *mf.partition(where, params), *batch
-
-    def first(params: PyTree, *args: PyTree) -> PyTree:
-        return params
-
-    def merged(trainable: PyTree, frozen: PyTree, *args: PyTree) -> PyTree:
-        return mf.merge(trainable, frozen)
-
-    if name == "hoist":
-        shapes, shapes_of_batch = problem.data.shapes
-        once, rest = mf.hoist(loss_of_parts, *mf.partition(where, shapes), *shapes_of_batch)
-
-        def parts_once(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            trainable, frozen = mf.partition(where, params)
-            return trainable, frozen, jax.jit(once)(frozen, *batch)
-
-        return Method(sgd(rest, [], clip), parts_once, merged)
-    if name == "partition":
-        return Method(sgd(loss_of_parts, [], clip), parts, merged)
-    if name == "stop_gradient":
-        return Method(sgd(loss_stopped, [], clip), whole, first)
-    return Method(sgd(loss, [masked] if name == "mask" else [], clip), whole, first)
+def hoist(problem: Problem, params: Tree, batch: Tree) -> Way:
+    """Does the same, with what no trainable leaf touches computed once a batch."""
+    trainable, (frozen, *_), loss, *_ = partition(problem, params, batch)
+    once, rest = mf.hoist(loss, trainable, frozen, *batch)
+    features = partial(jax.jit(once), frozen, *batch)
+    return Way(trainable, (frozen, features()), rest, once=features)
 
 
-def sgd(
-    loss: Callable[..., jax.Array], transforms: Sequence[Callable[[PyTree], PyTree]], clip: bool
-) -> Step:
-    """The jitted step on the loss's first argument, its gradients transformed, then clipped."""
+def stop_gradient(problem: Problem, params: Tree, batch: Tree) -> Way:
+    """Differentiates all parameters, those that are frozen to zeros."""
 
-    @jax.jit
-    def step(state: PyTree, *args: PyTree) -> tuple[PyTree, jax.Array]:
-        value, grads = jax.value_and_grad(loss)(state, *args)
-        for transform in [*transforms, clip_by_global_norm] if clip else transforms:
-            grads = transform(grads)
-        return mf.sgd_step(state, grads, RATE), value
+    def loss(params: Tree, *batch: Tree) -> jax.Array:
+        trainable, frozen = mf.partition(problem.where, params)
+        return problem.loss(mf.merge(trainable, jax.lax.stop_gradient(frozen)), *batch)
+
+    return Way(params, batch, loss)
+
+
+def mask(problem: Problem, params: Tree, batch: Tree) -> Way:
+    """Differentiates all parameters, and multiplies the frozen gradients by 0."""
+
+    def masked(grads: Tree) -> Tree:
+        return jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(problem.where, grads))
+
+    return Way(params, batch, problem.loss, masked)
+
+
+WAYS = {f.__name__: f for f in (partition, hoist, stop_gradient, mask)}
+WAYS = {"all": train_all, **WAYS, "stop_gradient, not donated": stop_gradient}
+
+
+def step_of(way: Way, optimizer: str, clip: bool) -> Step:
+    """The step on ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
+
+    def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
+        params, moments = state
+        loss, grads = jax.value_and_grad(way.loss)(params, *args)
+        grads = way.grads(grads)
+        if clip:  # over all gradients that there are, and so it reads them all
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+            scale = jnp.minimum(1, CLIP / norm)
+            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        if optimizer == "adam":
+            return adam(params, grads, *moments), loss
+        return (mf.sgd_step(params, grads, SGD_RATE), ()), loss
 
     return step
 
 
-def clip_by_global_norm(grads: PyTree) -> PyTree:
-    """Shortens the gradients to a norm of CLIP over all that there are: it reads them all."""
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-    scale = jnp.minimum(1, CLIP / norm)
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+def started(optimizer: str, params: Tree) -> Tree:
+    """The state before the first step, of arrays of its own: a step deletes what it is given."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moments = (zeros, zeros, jnp.zeros((), jnp.int32)) if optimizer == "adam" else ()
+    return jax.tree.map(jnp.copy, (params, moments))
 
 
-# ---------------------------------------------------------------------- the exact figures
+def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) -> Tree:
+    """Adam (Kingma and Ba, 2015), with its usual constants."""
+    mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
+    square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, square, grads)
+    count += 1
+
+    def new(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+        m, v = m / (1 - 0.9**count), v / (1 - 0.999**count)
+        return (p - ADAM_RATE * m / (jnp.sqrt(v) + 1e-8)).astype(p.dtype)
+
+    return jax.tree.map(new, params, mean, square), (mean, square, count)
+
+
+# ---------------------------------------------------------------------------- the figures
+
+
+@dataclass
+class Row:
+    """One line of a table and of the JSON, in its keys and their order; None: no such figure.
+
+    Ratios are medians over rounds. FLOPs, bytes and shares are of one step on one device.
+    """
+
+    table: str
+    problem: str
+    method: str
+    clip: bool = False
+    platform: str = field(default_factory=jax.default_backend)
+    devices: int = 1
+    simulated: bool = False
+    layout: str | None = None
+    step_s: float | None = None
+    spread_s: float | None = None  # median absolute deviation
+    vs_all: float | None = None  # `all` of the same clipping, optimizer and layout
+    compile_s: float | None = None
+    flops: int | None = None
+    flops_min: int | None = None  # least_flops
+    peak_share: float | None = None  # flops a second, of the peak in the same rounds
+    temp_bytes: int | None = None
+    trainable_bytes: int | None = None
+    collective_bytes: int | None = None  # the results of collectives
+    optimizer: str = "sgd"
+    memory_bytes: int | None = None  # arguments + outputs - aliased + temporary
+    alias_bytes: int | None = None
+    bytes_min: int | None = None  # least_bytes
+    roofline_share: float | None = None
+    rows_per_s: float | None = None
+    efficiency: float | None = None  # of many devices: what of one device's pace each keeps
+    sent_bytes: int | None = None  # by each device of a ring
+    once_s: float | None = None  # hoist: what is computed before the first step, a batch
+    kept_bytes: int | None = None  # and kept with it
+    kept_ratio: float | None = None  # of the batch's own bytes
+    break_even: float | None = None  # epochs after which that has paid
+    remark: str | None = None
+
+
+def tree_bytes(tree: Tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
@@ -554,63 +283,120 @@ def least_flops(problem: Problem, method: str) -> int | None:
     """
     if not problem.sizes:
         return None
-    trains = mf.mask("*" if method == "all" else problem.where, problem.data.shapes[0])
+    trains = mf.mask("*" if method == "all" else problem.where, problem.shapes()[0])
     products = [2 * problem.batch * n_in * n_out for n_in, n_out in pairwise(problem.sizes)]
     layers = [trains[f"linear_{i}"] for i in range(len(products))]
     lowest = min(i for i, layer in enumerate(layers) if layer["w"] or layer["b"])
     total = 0
-    for i, (layer, product) in enumerate(zip(layers, products)):
+    for i, (layer, flops) in enumerate(zip(layers, products)):
         hoisted = method == "hoist" and (i < lowest or (i == lowest and not layer["w"]))
-        total += product * ((not hoisted) + layer["w"] + (i > lowest))
+        total += flops * ((not hoisted) + layer["w"] + (i > lowest))
     return total
 
 
-# An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
-_COLLECTIVE = re.compile(
-    r" = (\(.*?\)|\S+) "
-    r"(?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
-)
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+def least_bytes(way: Way, trains: int, moments: int) -> int:
+    """The least bytes that a step moves: its inputs read once, what changes written once.
 
-
-def collective_bytes(hlo: str) -> int:
-    """The bytes that the collectives of a compiled program leave on each device.
-
-    >>> collective_bytes("%r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1")
-    52
-
-    It is the size of their results, by the program's text: for an all-reduce what every
-    device hands in, for an all-gather all of what is gathered. How many times these bytes
-    cross a wire is the network's affair. A collective in a loop counts once.
+    Read: the parameters and the batch (of ``hoist``, the features) that the loss uses, and the
+    moments. Written: what trains, and its moments. All else may stay in a cache.
     """
-    total = 0
-    for shapes in _COLLECTIVE.findall(hlo):
-        for name, bits, axes in _ARRAY.findall(shapes):
+    traced = jax.make_jaxpr(way.loss)(way.state, *way.args).jaxpr
+    used = {id(atom) for eqn in traced.eqns for atom in eqn.invars}
+    return trains + 2 * moments + tree_bytes([v.aval for v in traced.invars if id(v) in used])
+
+
+def least_seconds(flops: float, moved: float, peak: float, bandwidth: float) -> float:
+    """The roofline: no step is faster than its FLOPs at the peak, or its bytes at theirs."""
+    return max(flops / peak, moved / bandwidth)
+
+
+def median_and_spread(samples: Sequence[float]) -> tuple[float, float]:
+    """The median, and the median distance from it."""
+    middle = statistics.median(samples)
+    return middle, statistics.median(abs(sample - middle) for sample in samples)
+
+
+def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(samples, base, strict=True))
+
+
+def epochs_to_pay(once: float, partition: float, hoist: float) -> float | None:
+    """The visits of a batch after which hoist has paid: its cost over what a visit saves."""
+    return once / (partition - hoist) if partition > hoist else None
+
+
+# What a ring sends, a device, for each byte of the result that it has in the end.
+RING: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+# An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
+COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(RING)})(?:-done)?\(")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
+    """The bytes of the collectives' results on a device, and those that a ring sends for them.
+
+    >>> text = "%r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1"
+    >>> collective_bytes(text, devices=4)
+    (52, 78)
+    """
+    total, sent = 0, 0.0  # by the program's text; one in a loop counts once
+    for result, kind in COLLECTIVE.findall(hlo):
+        for name, bits, axes in ARRAY.findall(result):
             size = math.prod(int(n) for n in axes.split(",") if n)
-            total += size if name == "pred" else size * int(bits) // 8
-    return total
+            size = size if name == "pred" else size * int(bits) // 8
+            total, sent = total + size, sent + RING[kind](devices) * size
+    return total, round(sent)
 
 
-def compile_step(row: Row, step: Any, *args: PyTree) -> None:
-    """Compiles a jitted step and notes what XLA says of it; a later call need not compile."""
-    lower = getattr(step, "lower", None)
-    if lower is None:  # nnx.jit before flax 0.11
-        return
+def note_program(row: Row, step: Any, *args: Tree) -> None:
+    """Compiles a jitted step and notes what XLA says of it."""
     start = time.perf_counter()
-    compiled = lower(*args).compile()
+    compiled = step.lower(*args).compile()
     row.compile_s = time.perf_counter() - start
     compiled = getattr(compiled, "compiled", compiled)  # Equinox and Flax wrap it
     flops = (compiled.cost_analysis() or {}).get("flops")
-    row.flops = None if flops is None else int(flops)
-    memory = compiled.memory_analysis()
-    row.temp_bytes = None if memory is None else memory.temp_size_in_bytes
-    row.collective_bytes = collective_bytes(compiled.as_text())
+    # On some GPUs XLA does not count what a library computes.
+    row.flops = None if flops is None or flops < (row.flops_min or 0) else int(flops)
+    row.collective_bytes, row.sent_bytes = collective_bytes(compiled.as_text(), row.devices)
+    if (memory := compiled.memory_analysis()) is not None:
+        row.temp_bytes, row.alias_bytes = memory.temp_size_in_bytes, memory.alias_size_in_bytes
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        row.memory_bytes = held - row.alias_bytes + row.temp_bytes
 
 
-def trainable_bytes(problem: Problem, method: str) -> int:
-    where = "*" if method == "all" else problem.where
-    trainable, _ = mf.partition(where, problem.data.shapes[0])
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainable))
+def note_times(case: Case, base: Sequence[float], peak: float, bandwidth: float) -> None:
+    """Notes what the samples say, also beside those of `all` and what the device can do."""
+    row = case.row
+    row.step_s, row.spread_s = median_and_spread(case.samples)
+    row.vs_all = paired_ratio(case.samples, base) if base else None
+    row.rows_per_s = case.rows / row.step_s if case.rows else None
+    row.once_s = median_and_spread(case.once.samples)[0] if case.once else None
+    if row.flops is not None and row.platform == jax.default_backend():  # whose peak it is
+        row.peak_share = row.flops / row.step_s / peak
+        least = least_seconds(row.flops_min or row.flops, row.bytes_min or 0, peak, bandwidth)
+        row.roofline_share = least / row.step_s
+
+
+def note_comparisons(rows: Sequence[Row]) -> None:
+    """Notes when hoist has paid against partition, and what of one device's pace many keep."""
+    for row, base in product(rows, rows):
+        like = base.problem, base.clip, base.optimizer, base.platform
+        if (
+            row.step_s
+            and base.step_s
+            and like == (row.problem, row.clip, row.optimizer, row.platform)
+        ):
+            if row.once_s and base.method == "partition":
+                row.break_even = epochs_to_pay(row.once_s, base.step_s, row.step_s)
+            if base.devices == 1 < row.devices and base.method == row.method:
+                row.efficiency = base.step_s / row.step_s  # at as many rows a device
 
 
 # ------------------------------------------------------------------------------ the clock
@@ -618,40 +404,100 @@ def trainable_bytes(problem: Problem, method: str) -> int:
 
 @dataclass
 class Case:
-    """Something to time: ``run(n)`` takes n steps and gives what must be waited for."""
+    """Something to time: ``run(fresh(), n)`` takes n steps and gives (state, loss)."""
 
     row: Row
-    run: Callable[[int], PyTree]
-    updated: Callable[[], PyTree] | None = None  # the parameters after one step, to compare
-    like: str = "partition"  # the method that must give the same
-    steps: int = 0  # a sample; 0: as many as SAMPLE_S needs
-    samples: list[float] = dataclasses.field(default_factory=list)  # s a step, one a round
+    run: Callable[[Tree, int], tuple[Tree, Any]]
+    fresh: Callable[[], Tree]  # the same state for each sample: it gets donated
+    read: Callable[[Tree], Tree] = lambda state: state  # what of the state is compared
+    group: str = ""  # of cases that must take the same step
+    first: int = 1  # steps until they are compared
+    steps: int = 0  # a sample; 0: as many as it needs
+    rows: int = 0  # of a batch
+    once: Case | None = None
+    samples: list[float] = field(default_factory=list)  # s a step, one a round
 
 
-def repeat(step: Step, state: PyTree, args: Sequence[PyTree], steps: int) -> PyTree:
-    """Takes steps, from the same state in each sample: a longer one trains no other network."""
-    loss = None
+def repeat(step: Step, args: Sequence[Tree], state: Tree, steps: int) -> tuple[Tree, Any]:
     for _ in range(steps):
         state, loss = step(state, *args)
     return state, loss
 
 
-def prepare(problem: Problem, row: Row) -> Case:
-    """Compiles a method's step for a problem, on the default device."""
-    params, batch = problem.data.arrays
-    method = method_of(row.method, problem, row.clip)
-    state, *args = method.arrange(params, batch)
-    row.flops_min = least_flops(problem, row.method)
-    row.trainable_bytes = trainable_bytes(problem, row.method)
-    compile_step(row, method.step, state, *args)
+def prepare(problem: Problem, row: Row, mesh: Mesh | None = None, devices: int = 1) -> Case:
+    """Compiles a method's step: for the default device, with the rows of one or of many, or
+    for a mesh, over whose devices the batch is spread; and the parameters, if ``sharded``.
+    """
+    make_way, start = partial(WAYS[row.method], problem), partial(started, row.optimizer)
+    data = drawn(problem.make, devices) if mesh is None else problem.shapes(mesh.size)
+    way = make_way(*data)
+    trains, _ = mf.partition("*" if row.method == "all" else problem.where, data[0])
+    row.trainable_bytes, row.flops_min = tree_bytes(trains), least_flops(problem, row.method)
+    moments = tree_bytes(jax.eval_shape(start, trains)) - row.trainable_bytes
+    donated, everywhere = () if row.method.endswith("not donated") else (0,), None
+    if mesh is None:
+        row.bytes_min = least_bytes(way, row.trainable_bytes, moments)
+        step = jax.jit(step_of(way, row.optimizer, row.clip), donate_argnums=donated)
+        fresh: Any = start
+    else:
+        places, everywhere = spread(problem, row, mesh), NamedSharding(mesh, Spec())
+        lay = make_way(*places)
+        moment_places = (lay.state, lay.state, everywhere) if row.optimizer == "adam" else ()
+        states = lay.state, moment_places
+        step = jax.jit(
+            step_of(way, row.optimizer, row.clip),
+            donate_argnums=donated,
+            in_shardings=(states, *lay.args),
+            out_shardings=(states, everywhere),
+        )
+        fresh = jax.jit(start, out_shardings=states)
+        row.trainable_bytes = sum(
+            math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, place in zip(*map(jax.tree.leaves, (way.state, lay.state)))
+        )
+    note_program(row, step, jax.eval_shape(start, way.state), *way.args)
+    if mesh is not None and not row.simulated:
+        way = make_way(*jax.device_put(drawn(problem.make, mesh.size), places))
 
-    def updated() -> PyTree:
-        new = method.params(method.step(state, *args)[0], *args)
-        return mf.partition(problem.where, new)[0] if row.method == "all" else new
+    def read(state: Tree) -> Tree:
+        # Adam's first step is the gradients' sign, which a rounding turns: take its moment.
+        tree = state[1][0] if state[1] else state[0]
+        tree = mf.partition(problem.where, tree)[0] if row.method == "all" else tree
+        if mesh is not None:
+            tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
-    # Clipped, `all` is another step: its norm counts the layers that the others freeze.
-    like = "all" if row.method == "all" and row.clip else "partition"
-    return Case(row, functools.partial(repeat, method.step, state, args), updated, like)
+    # Clipped, `all` stands alone: a norm over all is another than one over what trains.
+    group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
+    case = Case(row, partial(repeat, step, way.args), partial(fresh, way.state), read, group)
+    case.rows = rows_in(data[1])
+    if (once := way.once) is not None:
+        case.once = Case(row, partial(repeat, lambda state: (state, once()), ()), lambda: None)
+        row.kept_bytes = tree_bytes(way.args[1])
+        row.kept_ratio = row.kept_bytes / tree_bytes(data[1])
+        if "random_bits" in str(jax.make_jaxpr(once)()):
+            row.remark = "what it draws at random is drawn once, and fixed"
+    return case
+
+
+def spread(problem: Problem, row: Row, mesh: Mesh) -> Tree:
+    """Where parameters and batch go: what is shared by its first axis that divides, or whole."""
+    params, batch = problem.shapes(mesh.size)
+
+    def place(leaf: Any, axes: Sequence[int]) -> NamedSharding:
+        axis = next((i for i in axes if leaf.shape[i] and leaf.shape[i] % mesh.size == 0), None)
+        spec = Spec() if axis is None or mesh.size == 1 else Spec(*[None] * axis, "data")
+        return NamedSharding(mesh, spec)
+
+    return (
+        jax.tree.map(lambda x: place(x, range(x.ndim) if row.layout == "sharded" else ()), params),
+        jax.tree.map(lambda x: place(x, [0] if x.shape[:1] == (rows_in(batch),) else ()), batch),
+    )
+
+
+def rows_in(batch: Tree) -> int:
+    """The length of a batch: that of its first array that has one."""
+    return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
 
 
 @contextlib.contextmanager
@@ -659,450 +505,470 @@ def fitting_in_memory(row: Row) -> Iterator[None]:
     """Lets a case that runs out of memory say so in its row, and the rest go on."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        text = "RESOURCE_EXHAUSTED" if isinstance(error, MemoryError) else str(error)
-        known = re.search("RESOURCE_EXHAUSTED|out.of.memory", text, re.IGNORECASE)
+    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
+        known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
         # The other processes of a cluster would wait for this one in the case's collectives.
         if not known or jax.process_count() > 1:
             raise
-        row.method += OUT_OF_MEMORY
-
-
-Wanted: TypeAlias = tuple[Row, Callable[[Row], Case]]
+        row.remark = OUT_OF_MEMORY
 
 
 def measure(
-    plan: Plan,
-    wanted: Iterable[Wanted],
-    problem: Problem | None = None,
-    known: Callable[[], PyTree] | None = None,
-) -> list[Row]:
-    """Prepares cases, makes sure that they agree, times them in rounds, and gives their rows.
-
-    ``known`` is what the cases must make of the problem's parameters, where it is not one of
-    themselves that says it.
-    """
-    rows, cases = [], []
-    for row, make in wanted:
-        rows.append(row)
+    options: Options, rows: Sequence[Row], make: Callable[[Row], Case], known: Sequence[Case] = ()
+) -> Sequence[Row]:
+    """Makes cases, shows that they (and what is known) agree, and times them in rounds."""
+    cases = []
+    for row in rows:
         with fitting_in_memory(row):
-            case = make(row)
-            wait(case.run(case.steps or 1))  # warm
-            cases.append(case)
-    if problem is not None:
-        check_agreement(cases, problem, known)
-    time_in_rounds(cases, plan.rounds)
+            cases.append(make(row))
+    check_agreement([*known, *cases])
+    rates = probes(options.dtype)
+    time_in_rounds([*cases, *(case.once for case in cases if case.once), *rates], options.rounds)
+    best = [probe.rows / min(probe.samples) for probe in rates]
+    bases = {(c.row.clip, c.row.optimizer): c.samples for c in cases if c.row.method == "all"}
     for case in cases:
-        note_times(case, cases, plan.peak)
+        if case.row.remark != OUT_OF_MEMORY:
+            note_times(case, bases.get((case.row.clip, case.row.optimizer), []), *best)
+    note_comparisons(rows)
     return rows
 
 
-def check_agreement(
-    cases: Sequence[Case], problem: Problem, known: Callable[[], PyTree] | None
-) -> None:
-    """Stops where a method's step is not the step of the method that it must agree with."""
-    updates = {(case.row.method, case.row.clip): case.updated for case in cases}
-
-    @functools.cache
-    def wanted(like: str, clip: bool) -> PyTree | None:
-        update = known or updates.get((like, clip))  # none where that ran out of memory
-        return update and update()
-
-    for case in cases:
-        name, clip = case.row.method, case.row.clip
-        with fitting_in_memory(case.row):
-            if case.updated and (known or name != case.like) and wanted(case.like, clip):
-                what = f"{case.row.problem}: {name}{' with clipping' * clip}"
-                before = problem.data.arrays[0]
-                compare(what, case.like, case.updated(), wanted(case.like, clip), before)
-
-
-def compare(what: str, like: str, got: PyTree, wanted: PyTree, before: PyTree) -> None:
-    """Raises Broken where, in a leaf that both have, two updates differ by over a hundredth.
-
-    A hundredth of the leaf's largest change, for a GPU multiplies float32 in TF32; with four
-    roundings of its largest value, for in a small step the parameters' own rounding shows.
-    """
-    there, old = dict(tree_flatten_with_path(wanted)[0]), dict(tree_flatten_with_path(before)[0])
-    for path, leaf in tree_flatten_with_path(got)[0]:
-        if path in there:
-            a, b, was = (np.asarray(x, np.float32) for x in (leaf, there[path], old[path]))
-            eps = float(np.spacing(np.ones((), leaf.dtype)))
-            allowed = max(0.01, 8 * eps) * np.abs(b - was).max(initial=0)
-            allowed += 4 * eps * np.abs(was).max(initial=0)
-            difference = np.abs(a - b).max(initial=0)
-            if not difference <= allowed:  # nor where it is nan
-                raise Broken(
-                    f"{what} must take the same step as {like}: {_name(path)!r} differs by "
-                    f"{difference:.3g}, {allowed:.3g} is allowed"
-                )
+@functools.cache
+def probes(dtype: str) -> tuple[Case, Case]:
+    """What the device can do at most: a product, a sum; their `rows` are FLOPs and bytes."""
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix, vector = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
+    multiply = partial(repeat, jax.jit(lambda a, b: (a, a @ b), donate_argnums=0), (matrix,))
+    add = partial(repeat, jax.jit(lambda a, b: (a + b, None), donate_argnums=0), (vector,))
+    case = partial(Case, Row("", "", ""))
+    return (
+        case(multiply, partial(jnp.copy, matrix), rows=2 * n**3),
+        case(add, partial(jnp.copy, vector), rows=3 * vector.nbytes),
+    )
 
 
 def time_in_rounds(cases: Sequence[Case], rounds: int) -> None:
-    """Times each case once a round, so that what slows the machine down slows them all."""
-    for case in cases:
-        case.steps = case.steps or enough_steps(case)
-    for _ in range(rounds):
-        for case in cases:
-            if OUT_OF_MEMORY not in case.row.method:
+    """Times each case once a round, in a shuffled order that is the same in all processes."""
+    order, shuffle = list(cases), random.Random(0).shuffle
+    gc.disable()  # it would go through all that JAX has loaded
+    try:
+        for i in range(-1, rounds):
+            shuffle(order)
+            for case in order:
                 with fitting_in_memory(case.row):
-                    case.samples.append(seconds(case, case.steps) / case.steps)
+                    if i < 0:
+                        case.samples, case.steps = [], case.steps or enough_steps(case)
+                    elif case.row.remark != OUT_OF_MEMORY:
+                        case.samples.append(seconds(case, case.steps) / case.steps)
+    finally:
+        gc.enable()
 
 
 def seconds(case: Case, steps: int) -> float:
+    """The time of so many steps, after an untimed one that brings back what others displaced."""
+    state, _ = wait(case.run(case.fresh(), case.first))
     start = time.perf_counter()
-    wait(case.run(steps))
+    wait(case.run(state, steps))
     return time.perf_counter() - start
 
 
 def enough_steps(case: Case) -> int:
-    """How many steps take SAMPLE_S; in a cluster process 0 says, for all must take as many."""
-    steps = 1
-    while (took := agreed(seconds(case, steps))) < SAMPLE_S / 4 and steps < 10_000:
+    """How many steps a sample takes; in a cluster process 0 says, for all must take as many."""
+    steps, took = 1, 0.0
+    while took < SAMPLE_S / 4 and steps < 40_000:
+        took = float(multihost_utils.broadcast_one_to_all(np.float32(seconds(case, steps))))
         steps *= 4
-    return max(1, math.ceil(steps * SAMPLE_S / took))
+    return max(SAMPLE_STEPS, math.ceil(steps / 4 * SAMPLE_S / took))
 
 
-def agreed(value: float) -> float:
-    """What process 0 measured."""
-    if jax.process_count() == 1:
-        return value
-    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+def check_agreement(cases: Sequence[Case]) -> None:
+    """Stops where cases of a group differ in their first steps, by over a hundredth in a leaf.
 
-
-def note_times(case: Case, cases: Sequence[Case], peak: float) -> None:
-    """Puts into a case's row what its samples say, beside those of `all`."""
-    row = case.row
-    if OUT_OF_MEMORY in row.method:
-        return
-    row.step_s = statistics.median(case.samples)
-    row.spread_s = statistics.median(abs(sample - row.step_s) for sample in case.samples)
-    for base in cases:
-        if (base.row.method, base.row.clip) == ("all", row.clip):
-            row.vs_all = statistics.median(a / b for a, b in zip(case.samples, base.samples))
-    if row.flops is not None and row.platform == jax.default_backend():  # whose peak it is
-        row.peak_share = row.flops / row.step_s / peak
-
-
-def matmul_peak(dtype: Any) -> float:
-    """The most FLOPs a second seen in a matrix product, of a size that keeps the device busy."""
-    best, took, n = 0.0, 0.0, 512
-    while took < 0.03 and n < 8192:
-        n *= 2
-        pair = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
-        case = Case(Row("", "", ""), functools.partial(repeat, jax.jit(_product), pair, ()))
-        took = min(seconds(case, 1) for _ in range(6))
-        best = max(best, 2 * n**3 / took)
-    return best
-
-
-def _product(pair: jax.Array) -> tuple[jax.Array, None]:
-    return pair[0] @ pair[1], None
-
-
-def card(dtype: Any) -> dict[str, Any]:
-    """What the figures depend on."""
-    device = jax.devices()[0]
-    return {
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "device_count": jax.device_count(),
-        "processes": jax.process_count(),
-        "cpu": cpu_model(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "dtype": jnp.dtype(dtype).name,
-        "peak_flops": None,
-    }
-
-
-def cpu_model() -> str:
-    cores = f"{os.cpu_count()} cores"
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        if model := re.search(r"model name\s*: (.+)", file.read()):
-            return f"{model[1].strip()}, {cores}"
-    return f"{platform.processor() or platform.machine()}, {cores}"
+    Of the leaf's largest change, for a GPU multiplies float32 in TF32; with four roundings of
+    its largest value. What the first of the group does not train must stay as it was.
+    """
+    first: dict[str, tuple[Row, Tree]] = {}
+    for case in cases:
+        with fitting_in_memory(case.row):
+            before = dict(tree_flatten_with_path(case.read(case.fresh()))[0])
+            state, loss = case.run(case.fresh(), case.first)
+            after = dict(tree_flatten_with_path(case.read(state))[0])
+            like, wanted = first.setdefault(case.group, (case.row, after))
+            what = f"{case.row.problem}: {label(case.row)}"
+            if not jnp.isfinite(loss).all():
+                raise Broken(f"{what}: the loss is {loss}")
+            for path, leaf in after.items():
+                a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
+                name = repr(keystr(path, simple=True, separator="/"))
+                if not np.isfinite(a).all():
+                    raise Broken(f"{what}: the gradient of {name} is not finite")
+                difference, largest = (np.abs(x).max(initial=0) for x in (a - b, was))
+                eps = float(np.spacing(leaf.dtype.type(1)))
+                allowed = max(0.01, 8 * eps) * np.abs(b - was).max(initial=0) + 4 * eps * largest
+                if difference > allowed:
+                    must = f"must take the step of {label(like)}: {name} differs by"
+                    raise Broken(f"{what} {must} {difference:.3g}, {allowed:.3g} is allowed")
 
 
 # ----------------------------------------------------------------------------- the tables
 
-
-@dataclass
-class Plan:
-    """What is to be measured, and how."""
-
-    problems: Sequence[Problem]
-    dtype: Any
-    rounds: int
-    peers: bool
-    devices: Sequence[int] | None
-    compile_only: bool
-    options: Sequence[str]  # those that say what the problems are, for a child process
-    peak: float = math.nan  # measured last
-
-    def named(self, *names: str) -> list[Problem]:
-        """The standard problems of these names; or the user's own, whatever its name."""
-        standard = [problem for problem in self.problems if problem.name in names]
-        return standard or list(self.problems)
-
-
 Lines: TypeAlias = Iterator[Row | str]  # a table's rows, and what else is to be printed
 
 
-def methods_table(plan: Plan) -> Lines:
-    for problem in plan.named(*PROBLEMS):
-        wanted = [
-            (Row("methods", problem.name, method, clip), functools.partial(prepare, problem))
-            for clip in (False, True)
-            for method in ("all", "partition", "hoist", "stop_gradient", "mask")
-        ]
-        yield from measure(plan, wanted, problem)
+def methods_table(options: Options, problems: Sequence[Problem]) -> Lines:
+    """Every problem plainly; the last one also clipped, not donated and with Adam."""
+    usual, (*donated, not_donated) = options.optimizer or "sgd", WAYS
+    for problem in problems:
+        # Of a model of the user's, nobody knows whether there is something to hoist.
+        same = problem.sizes and least_flops(problem, "hoist") == least_flops(problem, "partition")
+        ways = [way for way in donated if not (same and way == "hoist")]
+        kinds = [(way, False, usual) for way in ways]
+        if problem is problems[-1]:
+            kinds += [(not_donated, False, usual), *((way, True, usual) for way in ways)]
+            kinds += [(way, False, "adam") for way in ways[:-2] if options.optimizer is None]
+        rows = [Row("methods", problem.name, way, clip, optimizer=opt) for way, clip, opt in kinds]
+        yield from measure(options, rows, partial(prepare, problem))
 
 
-def prefix_table(plan: Plan) -> Lines:
-    (whole,) = plan.named("deep")
-    layers = len(whole.sizes) - 1
-    for frozen in range(layers):
-        where = [f"linear_{i}" for i in range(frozen, layers)]
+def prefix_table(options: Options, problems: Sequence[Problem]) -> Lines:
+    """`all` is the same step whatever else would be frozen, and stands for 0 of them."""
+    whole, rows, prefixes = problems[-1], list[Row](), dict[str, Problem]()
+    for frozen in range(len(whole.sizes) - 1):
+        where = [f"linear_{i}" for i in range(frozen, len(whole.sizes) - 1)]
         name = f"{whole.name}, {frozen} frozen"
-        problem = dataclasses.replace(whole, name=name, where=where)
-        wanted = [
-            (Row("prefix", name, method), functools.partial(prepare, problem))
-            for method in ("all", "partition", "hoist")
-        ]
-        yield from measure(plan, wanted, problem)
+        prefixes[name] = dataclasses.replace(whole, name=name, where=where)
+        for way in ("partition", "hoist") if frozen else ("all",):
+            rows.append(Row("prefix", name, way, optimizer=options.optimizer or "sgd"))
+    yield from measure(options, rows, lambda row: prepare(prefixes[row.problem], row))
 
 
-def run_table(plan: Plan) -> Lines:
-    """The walk-through's steps, on its own data, whatever the problems are."""
-    sizes, rows, where = PROBLEMS["seed"]
-    problem = mlp("seed", sizes, rows, where, plan.dtype)
-    trainable, frozen = mf.partition(where, problem.data.arrays[0])
-    xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, rows)
-    xs = xs.astype(plan.dtype)
-    batches = list(zip(xs, ys))
-
-    def scan(steps: int) -> PyTree:
-        return mf.train(trainable, frozen, xs[:steps], ys[:steps])
-
-    def prepare_scan(row: Row) -> Case:
-        compile_step(row, mf.train, trainable, frozen, xs, ys)
-        row.flops = None  # of a loop XLA counts the body once
-        return Case(row, scan, lambda: scan(10)[0], "scan", RUN_STEPS)
-
-    loop = Peer(mf.train_step, trainable, (frozen,), lambda state, frozen: state)
-    wanted: list[Wanted] = [
-        (Row("run", "seed", "loop"), functools.partial(prepare_loop, loop, batches)),
-        (Row("run", "seed", "scan"), prepare_scan),
-    ]
-    if plan.peers and why_missing("haiku") is None:
-        haiku = haiku_step(problem, False)
-        make = functools.partial(prepare_loop, haiku, batches)
-        wanted.append((Row("run", "seed", "haiku loop"), make))
-    for row, _ in wanted:
-        row.trainable_bytes = trainable_bytes(problem, "partition")
-    # A sample takes about a second: a third of the rounds says as much.
-    fewer = dataclasses.replace(plan, rounds=math.ceil(plan.rounds / 3))
-    yield from measure(fewer, wanted, problem)
+def run_table(options: Options, problems: Sequence[Problem]) -> Lines:
+    """The walk-through's steps on its own data: by `train_step`, and by Haiku's."""
+    problem = mlp("seed", *PROBLEMS["seed"], options.dtype)
+    xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.batch)
+    batches = xs.astype(options.dtype), ys
+    make = partial(prepare_run, mf.train_step, *mf.partition(problem.where, drawn(problem.make)[0]))
+    makes = dict.fromkeys(("loop", "scan"), partial(make, batches))
+    if options.peers:
+        makes |= load_peers().run(sys.modules[__name__], problem, batches)
+    rows = [Row("run", "seed", way) for way in makes]
+    # A sample takes half a second: a third of the rounds says as much.
+    fewer = Options(**vars(options) | {"rounds": -(-options.rounds // 3)})
+    yield from measure(fewer, rows, lambda row: makes[row.method](row))
 
 
-def prepare_loop(peer: Peer, batches: Sequence[tuple[PyTree, ...]], row: Row) -> Case:
-    """Compiles a step that is called for each batch in turn."""
-    frozen = peer.args[0]
-    compile_step(row, peer.step, peer.state, frozen, *batches[0])
+def prepare_run(step: Step, state: Tree, frozen: Tree, batches: Tree, row: Row) -> Case:
+    """Compiles a step that is called for each batch, or one call for them all."""
+    one_by_one, scanned = list(zip(*batches)), row.method.endswith("scan")
 
-    def loop(steps: int) -> PyTree:
-        state, loss = peer.state, None
-        for batch in batches[:steps]:
-            state, loss = peer.step(state, frozen, *batch)
+    def all_steps(state: Tree, frozen: Tree, *batches: Tree) -> Any:
+        return jax.lax.scan(lambda state, batch: step(state, frozen, *batch), state, batches)
+
+    jitted = jax.jit(all_steps if scanned else step, donate_argnums=0)
+    note_program(row, jitted, state, frozen, *(batches if scanned else one_by_one[0]))
+    row.flops = None if scanned else row.flops  # of a loop XLA counts the body once
+
+    def run(state: Tree, steps: int) -> Any:
+        if scanned:
+            return jitted(state, frozen, *(column[:steps] for column in batches))
+        for batch in one_by_one[:steps]:
+            state, loss = jitted(state, frozen, *batch)
         return state, loss
 
-    return Case(row, loop, lambda: peer.params(loop(10)[0], frozen), "scan", RUN_STEPS)
+    fresh, rows = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
+    return Case(row, run, fresh, first=10, steps=RUN_STEPS, rows=rows)
 
 
-# ------------------------------------------------------------------------ many devices
+def peers_table(options: Options, problems: Sequence[Problem]) -> Lines:
+    for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
+        yield from load_peers().table(sys.modules[__name__], options, problem)
 
 
-def devices_table(plan: Plan) -> Lines:
-    """Every platform and count; what a CPU host lacks is compiled in a child process.
-
-    There, for a process with eight CPU devices has eight times the threads for its one CPU,
-    and would disturb the times of the other tables.
-    """
-    for kind in platforms(plan):
-        for count in plan.devices or usual_counts(kind):
-            devices = pick_devices(kind, count)
-            for problem in plan.named("wide", "deep"):
-                for layout in ("replicated", "sharded")[: 1 if count == 1 else 2]:
-                    yield from measure_devices(plan, problem, devices, layout)
-    if plan.devices is None and not plan.compile_only and jax.process_count() == 1:
-        lacking = [count for count in (2, 4, 8) if count > len(devices_of("cpu"))]
-        yield from simulated_rows(lacking, plan.options) if lacking else []
+def load_peers() -> Any:
+    """The other libraries' steps, which stand in a file of their own."""
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "peers.py")
+    if not os.path.isfile(file):
+        raise Refused(f"--peers: the other libraries' steps are expected in {file}")
+    return module_of(file, "peers")
 
 
-def platforms(plan: Plan) -> list[str]:
-    """The default platform first; in a cluster, or if devices are named, it alone."""
-    found = [jax.default_backend(), *filter(devices_of, ("cpu", "gpu", "tpu"))]
-    alone = jax.process_count() > 1 or plan.devices is not None
-    return found[:1] if alone else list(dict.fromkeys(found))
+def devices_table(options: Options, problems: Sequence[Problem]) -> Lines:
+    """Data-parallel steps: timed where the devices are real, else compiled for simulated ones."""
+    timed: list[Row] = []
+    for kind, devices in meshes(options):
+        count, mesh = len(devices), Mesh(np.array(devices), ("data",))
+        simulated = bool(options.compile_only) or (kind == "cpu" and count > jax.process_count())
+        for problem, layout in product(problems[-2:], ("replicated", "sharded")):
+            row = Row("devices", problem.name, "all", False, kind, count, simulated, layout)
+            row.optimizer = options.optimizer or "sgd"
+            rows = [row, dataclasses.replace(row, method="partition")]
+            places = jax.tree.leaves(spread(problem, row, mesh)[0])
+            if layout == "sharded" and all(place.is_fully_replicated for place in places):
+                continue  # no axis divides by the devices
+            if simulated:
+                for row in rows:
+                    with fitting_in_memory(row):
+                        prepare(problem, row, mesh)
+            else:  # one device, with as many rows, must make the same
+                like = Row("", problem.name, "all", optimizer=row.optimizer)
+                known = prepare(problem, like, devices=count)
+                timed += measure(options, rows, partial(prepare, problem, mesh=mesh), [known])
+                note_comparisons(timed)
+            yield from rows
+    if not (options.devices or options.compile_only) and jax.process_count() == 1:
+        yield from simulated_rows(options)
 
 
-def devices_of(kind: str) -> list[jax.Device]:
-    with contextlib.suppress(RuntimeError):  # "Unknown backend"
-        return jax.devices(kind)
-    return []
+def meshes(options: Options) -> Iterator[tuple[str, list[jax.Device]]]:
+    """Each platform, the default one first, and so many of its devices, as many a process."""
+    processes, kinds = jax.process_count(), [jax.default_backend(), "cpu", "gpu", "tpu"]
+    for kind in dict.fromkeys(kinds[:1] if processes > 1 or options.devices else kinds):
+        with contextlib.suppress(RuntimeError):  # "Unknown backend"
+            devices = jax.devices(kind)
+            doubled = [processes * 2**i for i in range(20) if processes * 2**i <= len(devices)]
+            usual = sorted({1, *doubled, len(devices)})
+            # One device alone is in the other tables.
+            for count in options.devices or (usual if len(usual) > 1 or kind != kinds[0] else []):
+                own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+                each = [d for some in own for d in some[: count // processes]]
+                yield kind, each or jax.local_devices(backend=kind)[:1]
 
 
-def usual_counts(kind: str) -> list[int]:
-    """1, 2, 4, 8, ... in a process; in a cluster 1 and those to which all give as many."""
-    total, processes = len(jax.devices(kind)), jax.process_count()
-    counts = [processes * 2**i for i in range(total.bit_length()) if processes * 2**i <= total]
-    return sorted({1, *counts, total})
+def simulated_rows(options: Options) -> Any:
+    """The rows of eight simulated CPU devices: in this process they would disturb all else."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    worker = spawn.Process(target=send_simulated_rows, args=(options, there), daemon=True)
+    worker.start()
+    there.close()
+    return here.recv()
 
 
-def refuse_counts(counts: Sequence[int]) -> None:
-    """Refuses counts of devices that cannot be had."""
-    devices, processes = jax.devices(), jax.process_count()
-    for count in counts:
-        if count > len(devices):
-            hint = "" if processes > 1 else "; --compile-only simulates more"
-            raise Refused(f"--devices {count}: there are {len(devices)}, {devices}{hint}")
-        if count != 1 and count % processes:
-            raise Refused(f"--devices {count}: {processes} processes cannot give as many each")
+def send_simulated_rows(options: Options, pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    options.devices, options.compile_only = [8], True
+    pipe.send(list(devices_table(options, set_up(options))))
 
 
-def pick_devices(kind: str, count: int) -> list[jax.Device]:
-    """So many devices, as many of each process; one is a process's own."""
-    if count == 1:
-        return [jax.local_devices(backend=kind)[0]]
-    each = count // jax.process_count()
-    return [
-        device
-        for process in range(jax.process_count())
-        for device in [d for d in jax.devices(kind) if d.process_index == process][:each]
-    ]
+SIMULATED = """; on simulated ones, exact but for
+time, which is left out, and sharded as XLA does it for CPUs"""
+TABLES: dict[str, tuple[str, Callable[[Options, Sequence[Problem]], Lines]]] = {
+    "methods": ("a step, by how layers are held still", methods_table),
+    "prefix": ("a step, by how many layers from the first are frozen", prefix_table),
+    "devices": (f"a data-parallel step, seen from one device{SIMULATED}", devices_table),
+    "run": (f"{RUN_STEPS} steps of the walk-through, each", run_table),
+    "peers": ("the same step in other libraries, in the forms that they recommend", peers_table),
+}
+
+# ------------------------------------------------------------------ options and refusals
+
+USED_BY = {  # option: the tables that heed it; the others heed them all
+    **dict.fromkeys(("sizes", "batch"), "methods prefix devices peers"),
+    **dict.fromkeys(("train", "freeze"), "methods devices peers"),
+    "optimizer": "methods prefix devices",
+    "model": "methods devices",
+    **dict.fromkeys(("devices", "compile_only", "cluster", "coordinator"), "devices"),
+}
 
 
-def measure_devices(
-    plan: Plan, problem: Problem, devices: list[jax.Device], layout: str
-) -> list[Row]:
-    """The rows of one mesh: timed where its devices are real, else only compiled."""
-    kind, count = devices[0].platform, len(devices)
-    simulated = kind == "cpu" and count > jax.process_count()
-    rows = [
-        Row("devices", problem.name, method, False, kind, count, simulated, layout)
-        for method in ("all", "partition")
-    ]
-    make = functools.partial(prepare_sharded, problem, Mesh(np.array(devices), ("data",)))
-    if not (simulated or plan.compile_only):
-        whole = widened(problem, count)  # of which one device must make the same
-        known = prepare(whole, Row("", "", "partition")).updated
-        return measure(plan, [(row, make) for row in rows], whole, known)
-    for row in rows:
-        with fitting_in_memory(row):
-            make(row)
-    return rows
+def parse(argv: Sequence[str] | None) -> Options:
+    # Without its usage text, argparse says what is wrong in one line (and exits with 2).
+    parser = argparse.ArgumentParser("bench.py", argparse.SUPPRESS, __doc__.partition("\n")[0])
+    add, which = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+    add("--peers", action="store_true", help="other libraries too")
+    add("--sizes", nargs="+", type=positive, metavar="N", help="the widths of an MLP")
+    add("--batch", type=positive, metavar="N", help="rows in a batch, a device")
+    which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
+    which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
+    add("--optimizer", choices=("sgd", "adam"), help="default: sgd, and adam in a few rows")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
+    add("--rounds", type=positive, metavar="N", help="default: 7")
+    add("--devices", nargs="+", type=positive, metavar="N", help="how many")
+    add("--compile-only", action="store_true", help="simulate devices, time nothing")
+    add("--cluster", action="store_true", help="SLURM, TPU pods, Kubernetes")
+    add("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
+    add("--processes", type=positive, metavar="N", help="how many it has")
+    add("--process", type=int, metavar="I", help="which this one is, from 0")
+    add("--json", metavar="FILE", help="the results")
+    add("--plot", metavar="FILE", help="a picture of the tables prefix and methods")
+    return parser.parse_args(argv)
 
 
-def widened(problem: Problem, count: int) -> Problem:
-    """The problem with as many rows for each of ``count`` devices."""
-    dtype = problem.data.shapes[1][0].dtype
-    return mlp(problem.name, problem.sizes, problem.batch * count, problem.where, dtype)
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
+    return int(text)
 
 
-def prepare_sharded(problem: Problem, mesh: Mesh, row: Row) -> Case:
-    """Compiles a step for a mesh: the batch over its devices, the parameters by ``layout``.
-
-    ``replicated``: each device has them all. ``sharded``: each has a part of every array's
-    first axis that can be cut so, and XLA gathers what it needs when it needs it.
-    """
-    whole = widened(problem, mesh.size)
-    everywhere, rows_apart = NamedSharding(mesh, Spec()), NamedSharding(mesh, Spec("data"))
-
-    def place(leaf: jax.Array) -> NamedSharding:
-        for axis, size in enumerate(leaf.shape):
-            if row.layout == "sharded" and size % mesh.size == 0:
-                return NamedSharding(mesh, Spec(*[None] * axis, "data"))
-        return everywhere
-
-    params, batch = whole.data.shapes
-    places = jax.tree.map(place, params), jax.tree.map(lambda _: rows_apart, batch)
-    method = method_of(row.method, problem)
-    inputs = method.arrange(*places)
-    step = jax.jit(method.step, in_shardings=inputs, out_shardings=(inputs[0], everywhere))
-    row.flops_min = least_flops(problem, row.method)  # of a device's part of the batch
-    row.trainable_bytes = trainable_bytes(problem, row.method)
-    compile_step(row, step, *method.arrange(params, batch))
-
-    @functools.cache
-    def placed() -> tuple[PyTree, ...]:
-        return method.arrange(*jax.tree.map(_spread, whole.data.arrays, places))
-
-    def run(steps: int) -> PyTree:
-        state, *args = placed()
-        return repeat(step, state, args, steps)
-
-    def updated() -> PyTree:
-        new, _ = run(1)
-        if row.method == "all":
-            new, _ = mf.partition(problem.where, new)
-        new = jax.jit(lambda tree: tree, out_shardings=everywhere)(new)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), new)
-
-    return Case(row, run, updated)
+def tables_of(options: Options) -> list[str]:
+    """The tables that are asked for, or all that heed every option given."""
+    given = {name: uses.split() for name, uses in USED_BY.items() if getattr(options, name)}
+    asked = [*(options.tables or []), *["peers"] * options.peers]
+    for name, table in product(given, asked):
+        if table not in given[name]:
+            raise Refused(f"--{name.replace('_', '-')} is not used by the table {table}")
+    fit = [t for t in TABLES if t != "peers" and all(t in uses for uses in given.values())]
+    usual = fit[:1] if options.model else fit  # of a model the devices only where named
+    return list(dict.fromkeys([*(options.tables or usual), *asked]))
 
 
-def _spread(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, over the devices of them all."""
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def simulated_rows(counts: Sequence[int], options: Sequence[str]) -> Iterator[Row]:
-    """The rows for so many simulated CPU devices, from a child process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "rows.json")
-        command = [sys.executable, os.path.abspath(__file__), *options, "--compile-only"]
-        command += ["--devices", *map(str, counts), "--json", file]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise Broken(f"the simulated devices ended with {done.returncode}: {done.stderr}")
-        with open(file, encoding="utf-8") as results:
-            yield from (Row(**row) for row in json.load(results)["rows"])
-
-
-def simulate(count: int) -> None:
-    """Gives this process so many CPU devices and no other; works before the first use of one."""
-    flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
-    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-    configure("jax_platforms", "cpu")
-    configure("jax_num_cpu_devices", count)
-
-
-def join_cluster(args: argparse.Namespace) -> None:
-    """Joins the other processes, and waits for none of them longer than two minutes."""
-    if args.process:
-        await_answer(args.coordinator)
-    configure("jax_cpu_collectives_implementation", "gloo")
-    by_hand = {
-        "coordinator_address": args.coordinator,
-        "num_processes": args.processes,
-        "process_id": args.process,
+def refuse(options: Options, tables: Sequence[str]) -> None:
+    """Refuses what does not go together, before anything is measured."""
+    by_hand = [options.coordinator, options.processes, options.process]
+    count, own, counts = options.processes or 1, options.process or 0, options.devices or []
+    port = re.fullmatch(r".+:(\d+)", options.coordinator or "_:1")
+    files = {"--json": options.json, "--plot": options.plot}
+    files = {option: file for option, file in files.items() if file is not None}
+    joins, model = options.cluster or options.coordinator, options.model
+    mlp_only = options.sizes or options.batch or options.dtype != "float32"
+    drawn_tables = {"prefix", "methods"} & set(tables)
+    refusals = {
+        "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
+        "--coordinator, --processes and --process go together": 0 < by_hand.count(None) < 3,
+        "--cluster finds what --coordinator names: one of them": options.cluster and by_hand[0],
+        "--compile-only joins no cluster": options.compile_only and joins,
+        "--compile-only measures no rounds": options.compile_only and options.rounds,
+        f"--process must be in 0 .. {count - 1}, got {own}": not 0 <= own < count,
+        f"--coordinator must be HOST:PORT, got {options.coordinator!r}": not (
+            port and 0 < int(port[1]) < 2**16
+        ),
+        f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
+        "--model brings its own sizes, batch and dtype": model and mlp_only,
+        "--model needs --train or --freeze": model and not (options.train or options.freeze),
+        "--plot draws the tables prefix and methods": options.plot and not drawn_tables,
+        "--json and --plot name the same file": len(files) > len({*map(beside, files.values())}),
     }
-    limits: dict[str, Any] = {
-        "initialization_timeout": JOIN_S,
-        "heartbeat_timeout_seconds": SILENCE_S,  # from jax 0.6 on; 100 s before
-        "shutdown_timeout_seconds": SILENCE_S,
-    }
-    known = inspect.signature(jax.distributed.initialize).parameters
-    limits = {name: limit for name, limit in limits.items() if name in known}
+    for why, wrong in refusals.items():
+        if wrong:
+            raise Refused(why)
+    if "peers" in tables:
+        load_peers()
+    for option, file in files.items():
+        try:
+            with open(beside(file), "w"):
+                os.remove(beside(file))
+            if not file or (os.path.exists(file) and not os.path.isfile(file)):
+                raise OSError("it is no regular file")
+        except OSError as error:
+            why = f"{option} {file}: cannot be written: {error.strerror or error}"
+            raise Refused(why) from None
+    if options.plot:
+        try:
+            from matplotlib.backend_bases import FigureCanvasBase
+        except ImportError:
+            raise Refused("--plot needs matplotlib: uv run --with matplotlib bench.py") from None
+        if extension(options.plot) not in FigureCanvasBase.get_supported_filetypes():
+            raise Refused(f"--plot {options.plot}: no kind of picture (try .png)")
+
+
+def beside(file: str) -> str:
+    """What is written first, and takes the place of ``file`` once it is whole."""
+    return f"{os.path.realpath(file)}.{os.getpid()}.part"
+
+
+def extension(file: str) -> str:
+    return os.path.splitext(file)[1].removeprefix(".").lower()
+
+
+def problems_of(options: Options) -> list[Problem]:
+    """The problems that are asked for, of which something trains."""
+    turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
+    where, chosen = options.train or turned, PROBLEMS
+    if options.sizes:
+        chosen = {"mlp": (options.sizes, 64, [f"linear_{len(options.sizes) - 2}"])}
+    problems = [
+        mlp(name, sizes, options.batch or batch, where or usual, options.dtype)
+        for name, (sizes, batch, usual) in chosen.items()
+    ]
+    problems = [load_model(options.model, where)] if options.model else problems
+    for problem in problems:
+        try:
+            mf.partition(problem.where, problem.shapes()[0])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise Refused(f"{problem.name}: {error}") from None
+    return problems
+
+
+def load_model(spec: str, where: mf.Where) -> Problem:
+    """The problem in FILE.py:NAME, where NAME() gives (loss_fn, params, batch)."""
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise Refused(f"--model {spec}: name it FILE.py:NAME")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
     try:
-        jax.distributed.initialize(**(by_hand if args.coordinator else {}), **limits)
+        loss, params, batch = getattr(module_of(file, "bench_model"), name)()
+        params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
+        jax.eval_shape(jax.grad(loss), params, *batch)
+    except OSError as error:
+        raise Refused(f"--model {spec}: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise Refused(f"--model {spec}: it must return (loss_fn, params, batch): {why}") from None
+
+    def make(devices: int) -> Data:
+        def again(leaf: jax.Array) -> jax.Array:  # a random key serves all devices
+            column = leaf.shape[:1] == (rows_in(batch),)
+            return jnp.concatenate([leaf] * devices) if column else leaf
+
+        return params, jax.tree.map(again, batch)
+
+    return Problem(os.path.basename(file).removesuffix(".py"), where, loss, make)
+
+
+def module_of(file: str, name: str) -> Any:
+    found: Any = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # where a dataclass looks for its module
+    found.loader.exec_module(module)
+    return module
+
+
+# ----------------------------------------------------------------------------- the cluster
+
+
+def set_up(options: Options) -> list[Problem]:
+    """Makes or joins the devices that are asked for, and gives the problems."""
+    if options.compile_only:
+        flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
+        os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+        config.update("jax_platforms", "cpu")
+        options.devices = options.devices or [1, 2, 4, 8]
+        config.update("jax_num_cpu_devices", max(options.devices))
+    if options.cluster or options.coordinator:
+        join_cluster(options)
+    refusal, problems = None, list[Problem]()
+    try:
+        problems = problems_of(options)
+        devices, processes = jax.devices(), jax.process_count()
+        for count in options.devices or []:
+            if count > len(devices):
+                hint = "" if processes > 1 else "; --compile-only simulates more"
+                raise Refused(f"--devices {count}: there are {len(devices)}, {devices}{hint}")
+            if count != 1 and count % processes:
+                raise Refused(f"--devices {count}: {processes} processes cannot give as many each")
+    except Refused as error:
+        refusal = error
+    heed_the_others(options, refusal)
+    return problems
+
+
+def join_cluster(options: Options) -> None:
+    """Joins the other processes, and ends with them: JAX gives up on one silent for 100 s.
+
+    It ends this process itself, by a C++ stack, where others do not come within JOIN_S, come
+    twice, or die: that cannot be caught.
+    """
+    if options.process:
+        await_answer(options.coordinator)
+    config.update("jax_cpu_collectives_implementation", "gloo")
+    named = options.coordinator, options.processes, options.process
+    try:
+        jax.distributed.initialize(*named, initialization_timeout=JOIN_S)
     except ValueError as error:
         raise Refused(f"--cluster: none found, --coordinator names one: {error}") from None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, for checkpoints
     if jax.process_index() != 0:
         os.dup2(2, 1)  # gloo greets on stdout, where process 0 alone prints
 
@@ -1120,495 +986,252 @@ def await_answer(coordinator: str) -> None:
             time.sleep(0.1)
 
 
-# -------------------------------------------------------------------------------- the peers
+def heed_the_others(options: Options, refusal: Refused | None) -> None:
+    """Refuses, in every process, options that differ from process 0's and what one refuses."""
+    names = [name for name in vars(options) if name not in ("json", "plot", "process")]
+    sums = [zlib.crc32(repr(vars(options)[name]).encode()) for name in names]
+    mine = np.array([refusal is not None, *sums], np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine))
+    for (i, theirs), (j, name) in product(enumerate(everyone), enumerate(names, 1)):
+        if theirs[j] != everyone[0][j]:
+            option = "--" + name.replace("_", "-")
+            raise Refused(f"process {i} was given another {option} than process 0")
+    if everyone[:, 0].any():
+        raise refusal or Refused(f"process {everyone[:, 0].argmax()} refuses")
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A library's SGD step, written as its documentation writes it."""
-
-    step: Step  # (state, *args) -> (state, loss)
-    state: PyTree
-    args: tuple[PyTree, ...]
-    params: Callable[..., PyTree]  # (state, *args) -> the parameters, as the module names them
-    jitted: Any = None  # what to compile, where it is not the step
+# ------------------------------------------------------------------------- presentation
 
 
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    targets = jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / y.size
+def quantity(value: float | None, unit: str) -> str:
+    """Three digits with a prefix, nothing for None.
+
+    >>> quantity(0.0012345, "s"), quantity(82, "B"), quantity(1.885e9, ""), quantity(None, "s")
+    ('1.23 ms', '82 B', '1.89 G', '')
+    """
+    if value is None:
+        return ""
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 999.9 is 1.00 k
+    digits = 0 if isinstance(value, int) and value < 1000 else 2 - exponent % 3
+    prefix = ("f", "p", "n", "µ", "m", "", "k", "M", "G", "T", "P")[exponent // 3 + 5]
+    return f"{value / 1000 ** (exponent // 3):.{digits}f} {prefix}{unit}".rstrip()
 
 
-def haiku_step(problem: Problem, clip: bool) -> Peer:
-    hk = importlib.import_module("haiku")
-    params, batch = problem.data.arrays
-    trains = mf.mask(problem.where, params)
-    network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP(problem.sizes[1:])(x)))
-
-    def selected(module: str, name: str, value: Any) -> bool:
-        return bool(trains[module.rpartition("/")[2]][name])
-
-    def loss_fn(trainable: PyTree, frozen: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-        params = hk.data_structures.merge(trainable, frozen)
-        return cross_entropy(network.apply(params, x), y)
-
-    @jax.jit
-    def step(trainable: PyTree, frozen: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
-        return jax.tree.map(lambda p, g: p - g * RATE, trainable, grads), loss
-
-    def read(trainable: PyTree, frozen: PyTree, *batch: jax.Array) -> PyTree:
-        merged = hk.data_structures.merge(trainable, frozen)
-        return {name.rpartition("/")[2]: layer for name, layer in merged.items()}
-
-    named = {f"mlp/~/{name}": layer for name, layer in params.items()}
-    trainable, frozen = hk.data_structures.partition(selected, named)
-    return Peer(step, trainable, (frozen, *batch), read)
+def label(row: Row) -> str:
+    """A row's method and what is special about it."""
+    clipped = "clipped" if row.clip and "clip" not in row.method else ""
+    special = clipped, "adam" if row.optimizer == "adam" else "", row.layout
+    return ", ".join(filter(None, (row.method, *special)))
 
 
-def equinox_step(problem: Problem, clip: bool) -> Peer:
-    eqx = importlib.import_module("equinox")
-    params, batch = problem.data.arrays
-
-    def with_layers(layers: PyTree) -> Any:
-        """The layers' arrays, or which of them train, as an Equinox model."""
-        modules: list[Any] = []
-        for i, (n_in, n_out) in enumerate(pairwise(problem.sizes)):
-            linear = eqx.nn.Linear(n_in, n_out, key=jax.random.key(0))
-            held = layers[f"linear_{i}"]["w"], layers[f"linear_{i}"]["b"]
-            linear = eqx.tree_at(lambda linear: (linear.weight, linear.bias), linear, held)
-            modules += [linear, eqx.nn.Lambda(jax.nn.relu)]
-        return eqx.nn.Sequential(modules[:-1])
-
-    model = with_layers({n: {"w": p["w"].T, "b": p["b"]} for n, p in params.items()})
-    no_leaf = jax.tree.map(lambda _: False, model)
-    trains = mf.mask(problem.where, params)
-    linears = range(0, len(model.layers), 2)
-    filter_spec = eqx.tree_at(
-        lambda model: [leaf for i in linears for leaf in (model[i].weight, model[i].bias)],
-        no_leaf,
-        [trains[f"linear_{i // 2}"][name] for i in linears for name in ("w", "b")],
-    )
-
-    def loss_fn(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(jax.vmap(eqx.combine(trainable, frozen))(x), y)
-
-    def step(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        trainable, frozen = eqx.partition(model, filter_spec)
-        loss, grads = eqx.filter_value_and_grad(loss_fn)(trainable, frozen, x, y)
-        return eqx.apply_updates(model, jax.tree.map(lambda g: -g * RATE, grads)), loss
-
-    def read(model: Any, *batch: jax.Array) -> PyTree:
-        return {f"linear_{i // 2}": {"w": model[i].weight.T, "b": model[i].bias} for i in linears}
-
-    return Peer(eqx.filter_jit(step), model, batch, read)
-
-
-def nnx_step(problem: Problem, clip: bool) -> Peer:
-    nnx = importlib.import_module("flax.nnx")
-    params, batch = problem.data.arrays
-    trains = mf.mask(problem.where, params)
-    names = {"kernel": "w", "bias": "b"}
-    modules: list[Any] = []
-    for i, (n_in, n_out) in enumerate(pairwise(problem.sizes)):
-        linear = nnx.Linear(n_in, n_out, rngs=nnx.Rngs(0))
-        linear.kernel = nnx.Param(params[f"linear_{i}"]["w"])
-        linear.bias = nnx.Param(params[f"linear_{i}"]["b"])
-        modules += [linear, nnx.relu]
-    model = nnx.Sequential(*modules[:-1])
-
-    def selected(path: tuple[Any, ...], value: Any) -> bool:  # ("layers", 2, "kernel")
-        return bool(trains[f"linear_{path[1] // 2}"][names[path[2]]])
-
-    trainable = nnx.All(nnx.Param, selected)
-
-    def loss_fn(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(model(x), y)
-
-    def update(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        argnums = nnx.DiffState(0, trainable)
-        loss, grads = nnx.value_and_grad(loss_fn, argnums=argnums)(model, x, y)
-        params = nnx.state(model, trainable)
-        nnx.update(model, jax.tree.map(lambda p, g: p - g * RATE, params, grads))
-        return loss
-
-    jitted = nnx.jit(update)
-
-    def step(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        return model, jitted(model, x, y)  # the model's own arrays are replaced
-
-    def read(model: Any, *batch: jax.Array) -> PyTree:
-        return {
-            f"linear_{i // 2}": {"w": linear.kernel[...], "b": linear.bias[...]}
-            for i, linear in enumerate(model.layers)
-            if i % 2 == 0
-        }
-
-    return Peer(step, model, batch, read, jitted)
-
-
-def optax_step(problem: Problem, clip: bool) -> Peer:
-    optax = importlib.import_module("optax")
-    params, batch = problem.data.arrays
-    labels = jax.tree.map(
-        lambda trains: "train" if trains else "freeze", mf.mask(problem.where, params)
-    )
-    optimizer = optax.multi_transform(
-        {"train": optax.sgd(RATE), "freeze": optax.set_to_zero()}, labels
-    )
-    if clip:
-        optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optimizer)
-
-    @jax.jit
-    def step(state: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        params, moments = state
-        loss, grads = jax.value_and_grad(problem.loss)(params, x, y)
-        updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), loss
-
-    state = params, optimizer.init(params)
-    return Peer(step, state, batch, lambda state, *batch: state[0])
-
-
-PEERS = {  # name: its module, its step, whether it is also clipped
-    "haiku": ("haiku", haiku_step, False),
-    "equinox": ("equinox", equinox_step, False),
-    "flax nnx": ("flax.nnx", nnx_step, False),
-    "optax": ("optax", optax_step, True),
+COLUMNS: dict[str, tuple[int, Callable[[Row], str]]] = {  # widths, to the left if negative
+    "problem": (-14, lambda row: row.problem + f" on {row.devices}" * (row.table == "devices")),
+    "method": (-27, label),
+    "step": (8, lambda row: quantity(row.step_s, "s")),
+    "vs all": (7, lambda row: "" if row.vs_all is None else f"{row.vs_all:.3f}x"),
+    "of limit": (8, lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.0%}"),
+    "rows/s": (7, lambda row: quantity(row.rows_per_s, "")),
+    "FLOPs": (7, lambda row: quantity(row.flops, "")),
+    "memory": (8, lambda row: quantity(row.memory_bytes, "B")),
 }
+MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
+memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
 
 
-def why_missing(peer: str) -> str | None:
-    """None for a peer that can be imported."""
-    try:
-        importlib.import_module(PEERS[peer][0])
-    except (ImportError, AttributeError) as error:  # not installed; made for another jax
-        return f"{peer} is left out: {error}"
-    return None
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        try:
+            print(text, flush=True)
+        except OSError as error:  # `| head`, a full device
+            raise Broken(f"stdout is gone: {error.strerror}") from None
 
 
-def peers_table(plan: Plan) -> Lines:
-    missing = {peer: why for peer in PEERS if (why := why_missing(peer)) is not None}
-    yield from missing.values()
-    for problem in plan.named("seed", "deep"):
-        wanted: list[Wanted] = [
-            (Row("peers", problem.name, method, clip), functools.partial(prepare, problem))
-            for clip in (False, True)
-            for method in ("all", "partition")
-        ]
-        for peer, (_, build, clipped) in PEERS.items():
-            for clip in (False, True)[: 0 if peer in missing else 1 + clipped]:
-                make = functools.partial(prepare_peer, problem, build)
-                wanted.append((Row("peers", problem.name, peer, clip), make))
-        yield from measure(plan, wanted, problem)
-    yield from measure_trees(plan, "haiku" not in missing)
+def say_cells(cells: Sequence[str]) -> None:
+    """Cells under each other on the screen, widths known before the rows are."""
+    pairs = zip(cells, (width for width, _ in COLUMNS.values()))
+    say("  ".join(c.ljust(-w) if w < 0 else c.rjust(w) for c, w in pairs).rstrip())
 
 
-def prepare_peer(problem: Problem, build: Callable[[Problem, bool], Peer], row: Row) -> Case:
-    peer = build(problem, row.clip)
-    row.flops_min = least_flops(problem, "partition")
-    row.trainable_bytes = trainable_bytes(problem, "partition")
-    compile_step(row, peer.jitted or peer.step, peer.state, *peer.args)
-    # Now, for NNX takes its steps in place. What clips all gradients must agree with `all`.
-    updated = peer.params(peer.step(peer.state, *peer.args)[0], *peer.args)
-    run = functools.partial(repeat, peer.step, peer.state, peer.args)
-    return Case(row, run, lambda: updated, "all" if row.clip else "partition")
+def details(row: Row) -> Iterator[str]:
+    """What a row has no columns for."""
+    if row.once_s:
+        paid = f"paid after {row.break_even:.2g} epochs" if row.break_even else "never paid"
+        kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio or 0:.1f}x its own)"
+        yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
+    if row.devices > 1:
+        kind = f"{row.platform}, simulated" if row.simulated else row.platform
+        pace = f"; each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
+        results, sent = (quantity(n, "B") for n in (row.collective_bytes, row.sent_bytes))
+        yield f"{kind}: collectives' results {results}, sent by each in a ring {sent}{pace}"
+    if row.remark:
+        yield row.remark
 
 
-def measure_trees(plan: Plan, with_haiku: bool) -> list[Row]:
-    """The rows of splitting and merging 10,000 leaves, in Python alone."""
-    leaf = np.zeros(1, np.float32)
-    tree = {f"layer_{i}": {"w": leaf, "b": leaf} for i in range(5000)}
-    parts = mf.partition("*/w", tree)
-    works: dict[str, Callable[[], Any]] = {
-        "partition": lambda: mf.partition(lambda path, leaf: path[-1].key == "w", tree),
-        "partition, by a pattern": lambda: mf.partition("*/w", tree),
-        "merge": lambda: mf.merge(*parts),
+def answers(rows: Sequence[Row]) -> list[str]:
+    """What to decide by, in three lines that stand alone."""
+    said, last = dict[str, list[str]](), {row.table: row.problem for row in rows}
+    for row in rows:
+        usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
+        told = row.table in ("methods", "run") or row.devices > 1
+        if usual and told and row.problem == last[row.table]:
+            about, parts = row.problem + ", adam" * (row.optimizer == "adam"), [row.method]
+            ratio = f" ({1 / row.vs_all:.1f}x)" if row.vs_all and row.method != "all" else ""
+            if row.table == "devices":
+                about += f" on {row.devices} devices, {row.layout}"
+                parts.append(f"sends {quantity(row.sent_bytes, 'B')} a step")
+            else:
+                held = f", {quantity(row.memory_bytes, 'B')}" * (row.table == "methods")
+                parts.append(quantity(row.step_s, "s") + ratio + held)
+                parts += [f", {text}" for text in details(row) if row.once_s]
+            said.setdefault(about, []).append(" ".join(parts).replace(" ,", ","))
+    return [f"{about}: {' | '.join(texts)}" for about, texts in said.items()][:3]
+
+
+def card(options: Options) -> dict[str, Any]:
+    """What the figures depend on."""
+    device, rates = jax.devices()[0], list[float | None]([None, None])
+    if not options.compile_only:
+        for i, probe in enumerate(probes(options.dtype)):
+            rates[i] = probe.rows / min(seconds(probe, 3) / 3 for _ in range(3))
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        cpu = "".join(re.findall(r"model name\s*: (.+)", file.read())[:1]) or cpu
+    return {
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu": f"{cpu.strip()}, {os.cpu_count()} cores",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "dtype": options.dtype,
+        "peak_flops": rates[0],
+        "peak_bytes_per_s": rates[1],
     }
-    if with_haiku:
-        hk = importlib.import_module("haiku").data_structures
-        halves = hk.partition(lambda module, name, value: name == "w", tree)
-        works["haiku partition"] = lambda: hk.partition(lambda m, name, v: name == "w", tree)
-        works["haiku merge"] = lambda: hk.merge(*halves)
-
-    def prepare_work(row: Row) -> Case:
-        work = works[row.method]
-
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                work()
-
-        return Case(row, run)
-
-    return measure(plan, [(Row("peers", "10000 leaves", name), prepare_work) for name in works])
 
 
-# ------------------------------------------------------------------------- the command line
+def card_text(card: dict[str, Any]) -> str:
+    """What a run ran on, in a line."""
+    text = "jax {jax}, jaxlib {jaxlib}, numpy {numpy}, Python {python}; {device_count} x "
+    text = (text + "{device_kind} ({platform}); {cpu}; {date}; {dtype}").format(**card)
+    if card["peak_flops"]:
+        text += f" products at {quantity(card['peak_flops'], 'FLOP/s')}"
+        text += f", memory at {quantity(card['peak_bytes_per_s'], 'B/s')}"
+    return text
 
 
-@dataclass(frozen=True)
-class Table:
-    says: str
-    rows: Callable[[Plan], Lines]
+def write(options: Options, card: dict[str, Any], rows: Sequence[Row], ended: str) -> list[str]:
+    """Writes the files that are asked for, each in one piece, if there is something to write."""
+    if jax.process_index() != 0 or not rows:
+        return []
+    written = []
+    if options.json:
+        results = {"card": card, "complete": ended == "complete", "ended": ended}
+        text = json.dumps({**results, "rows": list(map(dataclasses.asdict, rows))}, indent=1)
+        with open(beside(options.json), "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        written.append(options.json)
+    if options.plot and any(row.step_s for row in rows):
+        draw(rows, beside(options.plot), extension(options.plot))
+        written.append(options.plot)
+    for file in written:
+        os.replace(beside(file), os.path.realpath(file))
+    return written
 
 
-TABLES = {
-    "methods": Table("a step, by how layers are held still", methods_table),
-    "prefix": Table("a step, by how many layers from the first are frozen", prefix_table),
-    "devices": Table("a data-parallel step, figures a device; time on real ones", devices_table),
-    "run": Table(f"{RUN_STEPS} steps, time a step", run_table),
-    "peers": Table("the same step in other libraries", peers_table),
-}
+def draw(rows: Sequence[Row], target: str, kind: str) -> None:
+    """Draws time against frozen layers, a line a method, and the last problem's methods."""
+    from matplotlib.figure import Figure
 
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    # Without its usage text, argparse says what is wrong in one line (and exits with 2).
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS
-    )
-    what = parser.add_argument_group("what to measure")
-    what.add_argument(
-        "--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES)
-    )
-    what.add_argument("--peers", action="store_true", help="other libraries too")
-    what.add_argument("--sizes", nargs="+", type=int, metavar="N", help="the widths of an MLP")
-    what.add_argument("--batch", type=positive, metavar="N", help="rows in a batch, a device")
-    which = what.add_mutually_exclusive_group()
-    which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
-    which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
-    what.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    what.add_argument("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
-    what.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
-    where = parser.add_argument_group("where")
-    where.add_argument("--devices", nargs="+", type=positive, metavar="N", help="how many")
-    where.add_argument("--compile-only", action="store_true", help="simulate them, time nothing")
-    where.add_argument("--cluster", action="store_true", help="SLURM, TPU pods, Kubernetes")
-    where.add_argument("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
-    where.add_argument("--processes", type=positive, metavar="N", help="how many it has")
-    where.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
-    out = parser.add_argument_group("what to write")
-    out.add_argument("--json", metavar="FILE", help="the results")
-    out.add_argument("--plot", metavar="FILE", help="a picture of prefix and methods")
-    out.add_argument("--render", metavar="FILE", help="measure nothing: show a --json file")
-    return parser, parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def tables_of(args: argparse.Namespace) -> list[str]:
-    """The tables that are asked for; some options allow for one only."""
-    for option, given, only in [
-        ("--compile-only", args.compile_only, "devices"),
-        ("--cluster", args.cluster or args.coordinator, "devices"),
-        ("--model", args.model, "methods"),
-    ]:
-        if given:
-            if set(args.tables or [only]) != {only} or args.peers:
-                raise Refused(f"{option} is for the table {only} alone")
-            return [only]
-    usual = [table for table in TABLES if table != "peers"]
-    return list(dict.fromkeys([*(args.tables or usual), *["peers"] * args.peers]))
-
-
-def refuse_options(args: argparse.Namespace, tables: Sequence[str]) -> None:
-    """Refuses what does not go together, before anything is measured."""
-    by_hand = (args.coordinator, args.processes, args.process)
-    if any(x is not None for x in by_hand) and any(x is None for x in by_hand):
-        raise Refused("--coordinator, --processes and --process go together")
-    if args.process is not None and not 0 <= args.process < args.processes:
-        raise Refused(f"--process must be in 0 .. {args.processes - 1}, got {args.process}")
-    if args.coordinator and not re.fullmatch(r".+:\d+", args.coordinator):
-        raise Refused(f"--coordinator must be HOST:PORT, got {args.coordinator!r}")
-    if args.model is not None and (args.sizes or args.batch):
-        raise Refused("--model brings its own sizes and batch")
-    if args.model is not None and not (args.train or args.freeze):
-        raise Refused("--model needs --train or --freeze, to say what trains")
-    if args.json is not None:
-        refuse_unwritable("--json", args.json)
-    if args.plot is not None:
-        refuse_plot(args.plot, tables)
-
-
-def refuse_unwritable(option: str, target: str) -> None:
-    try:
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise OSError("it is no regular file")
-        with replaced(target, keep=False) as path, open(path, "x", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise Refused(f"{option} {target}: cannot be written: {error.strerror or error}") from None
-
-
-def refuse_plot(target: str, tables: Sequence[str]) -> None:
-    if not {"prefix", "methods"} & set(tables):
-        raise Refused("--plot draws the tables prefix and methods")
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise Refused(
-            "--plot needs matplotlib: pip install matplotlib, or uv run --with matplotlib"
-        ) from None
-    if extension(target) not in FigureCanvasBase.get_supported_filetypes():
-        raise Refused(f"--plot {target}: {extension(target)!r} is no kind of picture (try .png)")
-    refuse_unwritable("--plot", target)
-
-
-def extension(file: str) -> str:
-    return os.path.splitext(file)[1].removeprefix(".")
-
-
-def where_of(args: argparse.Namespace) -> list[str] | None:
-    """What trains: --train's patterns, or --freeze's, each turned round."""
-    if args.freeze is None:
-        train: list[str] | None = args.train
-        return train
-    return [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in args.freeze]
-
-
-def problem_options(args: argparse.Namespace) -> list[str]:
-    """The options that say what the problems are, once more."""
-    options = []
-    for name in ("sizes", "batch", "train", "freeze", "dtype"):
-        value = getattr(args, name)
-        if value is not None:
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return options
-
-
-def problems_of(args: argparse.Namespace) -> list[Problem]:
-    where, dtype = where_of(args), jnp.dtype(args.dtype)
-    if args.model is not None:
-        problems = [load_model(args.model, where or [])]
-    elif args.sizes is not None:
-        head = [f"linear_{len(args.sizes) - 2}"]
-        problems = [mlp("mlp", args.sizes, args.batch or 64, where or head, dtype)]
-    else:
-        problems = [
-            mlp(name, sizes, args.batch or batch, where or usual, dtype)
-            for name, (sizes, batch, usual) in PROBLEMS.items()
-        ]
-    for problem in problems:
-        refuse_misfits(problem)
-    return problems
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
-    devices = args.devices
-    if args.compile_only:
-        devices = devices or [1, 2, 4, 8]
-        simulate(max(devices))
-    elif args.cluster or args.coordinator:
-        join_cluster(args)
-    refuse_counts(devices or [])
-    return Plan(
-        problems_of(args),
-        jnp.dtype(args.dtype),
-        args.rounds,
-        args.peers or "peers" in (args.tables or []),
-        devices,
-        args.compile_only,
-        problem_options(args),
-    )
-
-
-def show_split(report: Report, problem: Problem) -> None:
-    trainable, frozen = mf.partition(problem.where, problem.data.shapes[0])
-    report.say(f"\n{problem.name}\n{mf.summary(trainable=trainable, frozen=frozen)}")
-
-
-def bench(plan: Plan, tables: Sequence[str], report: Report) -> int:
-    """Measures the tables and gives the exit code; what there is gets written in any case."""
-    complete = False
-    try:
-        if not plan.compile_only:
-            plan.peak = report.card["peak_flops"] = matmul_peak(plan.dtype)
-        report.say(card_text(report.card))
-        for problem in plan.problems:
-            if not problem.sizes:
-                show_split(report, problem)
-        with interruptible() as heed:
-            for table in tables:
-                for row in TABLES[table].rows(plan):
-                    report.add(row) if isinstance(row, Row) else report.say(row)
-                    heed()
-        complete = True
-    except KeyboardInterrupt:
-        return 130
-    except Broken as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        who = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"bench.py: {who}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        report.finish(complete)
-    return 0
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Remembers a Ctrl-C: where Python ignores exceptions (in a destructor) it would be lost."""
-    seen: list[int] = []
-
-    def note(number: int, frame: object) -> NoReturn:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    def heed() -> None:
-        if seen:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield heed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    colors = dict(zip(WAYS, ("#777777", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#e69f00")))
+    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    timed = [row for row in rows if row.step_s and row.optimizer == rows[0].optimizer]
+    for way in ("partition", "hoist"):
+        prefix = [row for row in timed if row.table == "prefix" and row.method in ("all", way)]
+        frozen = [int(row.problem.split()[-2]) for row in prefix]  # "deep, 3 frozen"
+        steps = [1e3 * (row.step_s or 0) for row in prefix]
+        left.plot(frozen, steps, "o-", color=colors[way], label=way)
+    methods = [row for row in timed if row.table == "methods"]
+    methods = [row for row in methods if row.problem == methods[-1].problem]
+    places = {way: i for i, way in enumerate(dict.fromkeys(row.method for row in methods))}
+    for clip, aside, hatch, name in (False, -0.2, "", "plain"), (True, 0.2, "////", "clipped"):
+        chosen = [row for row in methods if row.clip == clip]
+        x = [places[row.method] + aside for row in chosen]
+        height = [1e3 * (row.step_s or 0) for row in chosen]
+        style = {"color": [colors[row.method] for row in chosen], "hatch": hatch, "label": name}
+        bars = right.bar(x, height, 0.38, edgecolor="white", **style)
+        right.bar_label(bars, fmt="{:.3g}", fontsize=8)
+    right.set_xticks(range(len(places)), [way.replace(", ", ",\n") for way in places], fontsize=8)
+    left.set_xticks(range(len(frozen)))
+    left.set(title="frozen, layer by layer", xlabel="layers frozen, from the first")
+    right.set(title=", ".join({row.problem for row in methods}))
+    for axis in (axis for axis in (left, right) if axis.has_data()):
+        axis.set(yscale="log", ylabel="ms a step")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(target, dpi=200, format=kind)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; after a failure without the farewell that a cluster waits for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and jax.distributed.is_initialized():
-        os._exit(code)
-    raise SystemExit(code)
+    """Ends the process: at once where Python, or JAX's farewell to a cluster, could hang."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        if code in (0, 2) or (code == 1 and not jax.distributed.is_initialized()):
+            raise SystemExit(code)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
-def show(file: str, tables: Sequence[str], plot: str | None) -> None:
-    """Prints results that --json has written as Markdown."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    options, facts, rows = Options(json=None, plot=None), dict[str, Any](), list[Row]()
+    code, ended = 0, "complete"
     try:
-        with open(file, encoding="utf-8") as results_file:
-            results = json.load(results_file)
-        text = render(results, tables)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"--render {file}: no results to read: {error}") from None
-    print(text)
-    if plot is not None:
-        draw([Row(**row) for row in results["rows"]], plot)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser, args = parse(argv)
-    try:
-        tables = tables_of(args)
-        refuse_options(args, tables)
-        if args.render is not None:
-            return show(args.render, args.tables or list(TABLES), args.plot)
-        plan = plan_of(args)
+        options = parse(argv)
+        tables = tables_of(options)
+        refuse(options, tables)
+        options.rounds, options.peers = options.rounds or 7, "peers" in tables
+        problems = set_up(options)
+        facts = card(options)
+        say(card_text(facts))
+        for problem in problems if options.model else []:
+            trainable, frozen = mf.partition(problem.where, problem.shapes()[0])
+            say(f"\n{problem.name}\n{mf.summary(trainable=trainable, frozen=frozen)}")
+        for table in tables:
+            say(f"\n{table}: {TABLES[table][0]}")
+            for problem in problems if table != "run" else []:
+                if problem.sizes:
+                    what = f"batch {problem.batch}, trains {problem.where}"
+                    say(f"{problem.name}: {list(problem.sizes)}, {what}")
+            say(MEANS)
+            say_cells(list(COLUMNS))
+            for row in TABLES[table][1](options, problems):
+                if isinstance(row, Row):
+                    rows.append(row)
+                    say_cells([cell(row) for _, cell in COLUMNS.values()])
+                for text in details(row) if isinstance(row, Row) else (row,):
+                    say(f"    {text}")
     except Refused as error:
-        parser.error(str(error))
-    except Broken as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        leave(1)
-    report = Report(card(plan.dtype), args.json, args.plot)
-    leave(bench(plan, tables, report))
+        code, ended = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, ended = 130, "interrupted"
+    except Exception as error:
+        code, ended = 1, str(error) if isinstance(error, Broken) else repr(error)
+        if not isinstance(error, Broken) and jax.process_count() == 1:
+            write(options, facts, rows, ended)
+            raise
+    written = write(options, facts, rows, ended)
+    if code:
+        print(f"bench.py: {ended}", file=sys.stderr)
+    with contextlib.suppress(Broken):
+        for line in [*(f"written: {file}" for file in written), *answers(rows)]:
+            say(line)
+    leave(code)
 
 
 if __name__ == "__main__":

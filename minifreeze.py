@@ -510,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("bit for bit as before:", ", ".join(name for name in same if same[name]))
     if args.plot is not None:
         try:
-            _plot(args.plot.resolve(), before, after, frozen)
+            _plot(args.plot, before, after, frozen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             how = ", pip install matplotlib" * isinstance(error, ImportError)
             parser.error(f"--plot {args.plot}: {' '.join(str(error).split())}{how}")
