@@ -131,8 +131,8 @@ def merge(*parts: T) -> T:
 def _align(parts: dict[str, Any], holders: Sequence[int], weak: bool = False) -> dict[Any, Any]:
     """At each key path, in tree order, the leaf of every part that holds one there.
 
-    Raises ValueError with the places that not all parts have, that not one of ``holders`` parts
-    hold or whose leaves differ in shape or dtype; else, with containers that differ.
+    Raises ValueError with the places that not all have, that other than ``holders`` parts hold, or
+    whose leaves differ in shape or dtype; else with containers that differ, or twins of one path.
     """
 
     def show(node: Any) -> str:
@@ -184,9 +184,8 @@ def summary(**parts: PyTree) -> str:
             shape, dtype, *sizes = _spec(leaf)
             rows.append([_name(path), shape, dtype, sizes[0], part])
             sums[part] += sizes
-    total = np.sum([*sums.values()], axis=0)
-    groups = [*sums.items(), ("total", total)]
-    totals = [[part, *sizes, f"{sizes[0] / max(1, total[0]):.1%}"] for part, sizes in groups]
+    full = np.sum([*sums.values()], axis=0)
+    totals = [[k, *n, f"{n[0] / max(1, full[0]):.1%}"] for k, n in [*sums.items(), ("total", full)]]
     return f"{_table(rows)}\n\n{_table([['part', 'count', 'bytes', 'share'], *totals])}"
 
 
@@ -217,8 +216,7 @@ def warm_start(new: T, old: PyTree) -> T:
     their first update is 0.1 / sqrt(0.001) = 3.2 times the learning rate. Raises ValueError,
     with both sides, where no path is shared or shapes or dtypes differ.
     """
-    held = dict(tree_flatten_with_path(old)[0])
-    _align({"old": old}, (0, 1))  # or there are two leaves at one path
+    held = {path: leaf for path, of in _align({"old": old}, (0, 1)).items() for leaf in of.values()}
     fresh, treedef = tree_flatten_with_path(new)
     if fresh and held.keys().isdisjoint(dict(fresh)):
         raise ValueError(f"no path is in both: new has {_ten(dict(fresh))}; old has {_ten(held)}")
@@ -229,9 +227,9 @@ def warm_start(new: T, old: PyTree) -> T:
 
 # What only moves elements or computes them one by one: cheap to do again at every step.
 _CHEAP = """broadcast_in_dim concatenate convert_element_type copy expand_dims pad reshape rev slice
-squeeze transpose abs add and ceil clamp cos div eq erf exp expm1 floor ge gt integer_pow is_finite
-le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign sin sqrt square
-sub tan tanh xor""".split()
+split squeeze tile transpose abs add and atan2 ceil clamp cos cosh div eq erf exp exp2 expm1 floor
+ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt
+select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 
 
 def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn, Fn]:
@@ -252,9 +250,8 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     ``rest(trainable, frozen, once(frozen, *batch))`` equals ``fn(trainable, frozen, *batch)``,
     with gradients in ``trainable`` alone. Jit ``once``. Calls with other shapes, dtypes or weak
     types raise ValueError with both; close over what is no array. Look at the shapes of ``kept``:
-    what stands in ``jax.checkpoint``, or in a scan of which a part trains, does not move. A
-    dropout key in the batch is fixed with it; for fresh draws hand it in beside what trains,
-    ``jax.grad(lambda head: rest((head, key), frozen, kept))``.
+    what stands in ``jax.checkpoint``, or in a scan of which a part trains, does not move. A key in
+    the batch is fixed with it; pass fresh ones: ``jax.grad(lambda head: rest((head, key), ...))``.
     """
     specs = jax.eval_shape(lambda *args: args, trainable, frozen, batch)
     # A function of its own, for JAX remembers what it traced, and fn may close over new values.
@@ -274,8 +271,7 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
         return tuple(map(jnp.asarray, run_once(*jax.tree.leaves((frozen, batch)))))
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
-        check({"trainable": specs[0]}, {"trainable": trainable})
-        check({"frozen": specs[1]}, {"frozen": frozen})
+        check(dict(zip(("trainable", "frozen"), specs)), {"trainable": trainable, "frozen": frozen})
         # Without weak types: what was kept may have been stored, and they are spent by now.
         sides = {"hoist": {"kept": tuple(v.aval for v in keep)}, "the call": {"kept": kept}}
         _align(sides, (0, 2))
@@ -316,11 +312,16 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
         behind = min(set().union(*(origin[var] for var in batch)), fewest_bytes(batch), key=_bytes)
         if any(np.ndim(a.val) if isinstance(a, Literal) else a in weights for a in eqn.invars):
             weights.update(eqn.outvars)
-            behind = behind if eqn.primitive.name in _CHEAP else set()
+            behind = behind if _is_cheap(eqn) else set()
         origin |= {var: behind or {var} for var in eqn.outvars if batch}
     kept = fewest_bytes(used & origin.keys())
     # What can be had of the others need not be kept beside them.
     return [var for var in origin if var in kept and not origin[var] <= kept - {var}]
+
+
+def _is_cheap(e: Any) -> bool:  # an equation; relu is a custom_jvp of a jit
+    inner = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}.get(e.primitive.name)
+    return all(map(_is_cheap, e.params[inner].eqns)) if inner else e.primitive.name in _CHEAP
 
 
 def _cut(closed: Any, invars: list[Any], outvars: list[Any], effects: bool = True) -> Any:
@@ -430,7 +431,6 @@ def train_step(trainable: T, frozen: PyTree, x: Array, y: Array, lr: Any = 0.1) 
     for path, leaf in tree_flatten_with_path(trainable)[0]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{_name(path)!r} is {leaf.dtype} and cannot train: freeze it")
-    # Differentiating one argument of two is all that freezing takes.
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
