@@ -1314,6 +1314,14 @@ KEPT = {  # the bytes kept, of a function whose defaults are what it is made for
         8 * 6 * 4,
         lambda t="f4", f="f4 4 6", x="f4 8 4": jnp.where((z := jnp.tanh(x @ f)) > 0, z * t, 0),
     ),
+    "relu, a custom_jvp of a jit, is elementwise": (
+        8 * 6 * 4,
+        lambda t="f4 6", f="f4 4 6", x="f4 8 4": jax.nn.relu(z := x @ f) @ t + z @ t,
+    ),
+    "what shrinks and grows again": (
+        16,
+        lambda t="f4", f=None, x="i2 16": x.astype(jnp.int8).astype(jnp.float32) * t,
+    ),
     "labels used in four ways": (5 * 6 * 4 + 5 * 4, all_at_once),
     "a weight is never kept": (8 * 6 * 4, weights_of_weights),
     "made with a constant": (40, lambda t="f4", f=None, x="f4 5 10": x @ TABLE[:, :2] * t),
