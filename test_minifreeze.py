@@ -237,7 +237,12 @@ def test_property_partition_splits_again_and_again_and_merge_is_the_inverse(data
     parts, rest, treedef = [], tree, jax.tree.structure(tree)
     for _ in range(data.draw(st.integers(1, 4), label="splits")):
         where, seen = choose(data, rest), []
-        selected, left = mf.partition(lambda *args: seen.append(args) or where(*args), rest)  # noqa: B023
+
+        def asked(*args, seen=seen, where=where):
+            seen.append(args)
+            return where(*args)
+
+        selected, left = mf.partition(asked, rest)
         assert [path for path, _ in seen] == paths_of(rest)
         assert all(a is b for (_, a), b in zip(seen, jax.tree.leaves(rest)))
         mask = mf.mask(where, rest)
