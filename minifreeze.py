@@ -173,7 +173,7 @@ def summary(**parts: PyTree) -> str:
     total  7      28     100.0%
 
     ``count`` is in elements, ``share`` of it; what is no array, abstract or not, counts nothing.
-    Raises ValueError for a leaf in two parts or structures that differ, TypeError for no part.
+    Raises ValueError for a leaf in two parts, two at one path, other structures.
     """
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
@@ -243,9 +243,9 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
     JAX writes ``fn`` down as a list of equations, a jaxpr. What needs a trainable leaf or has an
     effect runs at every step, in ``rest``. What else is made of the batch and of weights (frozen
-    leaves, arrays that ``fn`` closes over) is made by ``once`` and kept. What is made of one of
-    them alone is made again: labels are smaller than their one-hot rows, and weights would ride
-    along with every batch. Costly work on the batch alone belongs in the data.
+    leaves, arrays that ``fn`` closes over) is made by ``once`` and kept, or what that is made of,
+    if no larger and cheap to go on from. What the batch alone makes is made again from it unless
+    it is smaller, and so belongs in the data if costly; what weights alone make, always.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals ``fn(trainable, frozen, *batch)``,
     with gradients in ``trainable`` alone. Jit ``once``. Calls with other shapes, dtypes or weak
@@ -401,7 +401,7 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
     >>> print(loss_fn(*partition("*/w", params), jnp.ones((5, 1)), jnp.arange(5) % 4))
     1.3862944
 
-    A label outside 0 .. out - 1 adds nothing; raises TypeError for one that is no integer.
+    A label outside 0 .. out - 1 adds nothing. Raises ValueError for shapes, TypeError for dtypes.
     """
     logits, y = apply(merge(trainable, frozen), x), jnp.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.integer):

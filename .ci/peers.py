@@ -107,8 +107,13 @@ def equinox(problem: Any, params: Any, batch: Any, rate: float, norm: float, for
         jitted = eqx.filter_jit(
             lambda rest, model: filtered(model, *rest), donate="all-except-first"
         )
-        step = lambda model, *rest: jitted(rest, model)  # noqa: E731
-        lower = lambda model, *rest: jitted.lower(rest, model)  # noqa: E731
+
+        def step(model: Any, *rest: Any) -> Any:
+            return jitted(rest, model)
+
+        def lower(model: Any, *rest: Any) -> Any:
+            return jitted.lower(rest, model)
+
         return Peer(step, partial(copied, model), batch, read, SimpleNamespace(lower=lower))
     trainable, rest = eqx.partition(model, filter_spec)
     frozen, static = eqx.partition(rest, eqx.is_array)
