@@ -173,7 +173,7 @@ def summary(**parts: PyTree) -> str:
     total  7      28     100.0%
 
     ``count`` is in elements, ``share`` of it; what is no array, abstract or not, counts nothing.
-    Raises ValueError for a leaf in two parts, two at one path, other structures.
+    Raises TypeError for no part, ValueError for a leaf in two, two at one path, other structures.
     """
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
