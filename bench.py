@@ -10,21 +10,18 @@
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
     python bench.py --json run.json --plot run.png          # to keep
 
-It prints what it runs on, its tables row by row, and the answer in its last lines. Every step
-donates its state and is fed its own result. Cases are timed in rounds, in a shuffled order, and
-compared within a round, so that what slows the machine down slows them all; those that must
-take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
+It prints what it runs on, its tables, and the answer in its last lines. Every step donates its
+state and is fed its own result. Cases are timed in rounds, in a shuffled order, and compared
+within a round, so that what slows the machine down slows them all; those that must take the
+same step are shown to take it first. FLOPs and bytes are the compiled program's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import gc
-import importlib.metadata
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -32,21 +29,24 @@ import os
 import platform
 import random
 import re
+import runpy
 import signal
 import socket
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from itertools import pairwise, product
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -55,47 +55,37 @@ from jax.tree_util import keystr, tree_flatten_with_path
 import minifreeze as mf
 
 Tree: TypeAlias = Any
-Data: TypeAlias = Any  # (params, batch), the batch a tuple
-Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
 Options: TypeAlias = argparse.Namespace
-
+Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
+# jax leaves these without types
+config: Any = jax.config
 wait: Any = jax.block_until_ready
-config: Any = jax.config  # jax leaves these without types
+Shape: Any = jax.ShapeDtypeStruct
 Spec: Any = PartitionSpec
 
 SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
-SAMPLE_S, SAMPLE_STEPS = 0.05, 3  # a sample is no shorter, far above the clock's grain
-RUN_STEPS = 10_000
+SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
 VECTOR = 2**24  # floats that no cache holds
-OUT_OF_MEMORY = "out of memory"
 JOIN_S = 60  # how long a process waits for its cluster
 
 
-class Refused(Exception):
-    """What was asked for cannot be done: one line on stderr, exit code 2."""
-
-
-class Broken(Exception):
-    """The measurement cannot be trusted, or not go on: one line on stderr, exit code 1."""
+class Stop(Exception):
+    """Ends the run by a line on stderr, with 1 if it broke, with 2 if it could not be begun."""
 
 
 # --------------------------------------------------------------------------- the problems
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What trains, by which ``loss(params, *batch)``; ``make(n)`` draws both for n devices."""
 
     name: str
     where: mf.Where
     loss: Callable[..., jax.Array]
-    make: Callable[[int], Data]
+    make: Callable[[int], Any]
     sizes: tuple[int, ...] = ()  # of the MLP; a model of the user's has none
-    batch: int = 0  # rows, for each device
-
-    def shapes(self, devices: int = 1) -> Data:
-        return jax.eval_shape(lambda: self.make(devices))
+    batch: int = 0  # its rows, for each device
 
 
 PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
@@ -106,9 +96,9 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 
 
 def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: str) -> Problem:
-    """The module's MLP, on ``batch`` rows of noise a device."""
+    """The module's MLP, on noise."""
 
-    def make(devices: int) -> Data:
+    def make(devices: int) -> tuple[Tree, tuple[Tree, ...]]:
         key_w, key_x, key_y = jax.random.split(jax.random.key(0), 3)
         x = jax.random.normal(key_x, (devices * batch, sizes[0]), dtype)
         y = jax.random.randint(key_y, (devices * batch,), 0, sizes[-1])
@@ -121,11 +111,14 @@ def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: str
 
 
 @functools.lru_cache(maxsize=4)  # all that were ever drawn would fill the memory
-def drawn(make: Callable[[int], Data], devices: int = 1) -> Data:
-    return make(devices)
+def drawn(make: Callable[[int], Any], devices: int = 1, abstract: bool = False) -> Any:
+    """Parameters and batch, or their shapes alone."""
+    return jax.eval_shape(lambda: make(devices)) if abstract else make(devices)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
+
+WAYS = ["all", "partition", "hoist", "stop_gradient", "mask", "stop_gradient, not donated"]
 
 
 class Way(NamedTuple):
@@ -134,79 +127,46 @@ class Way(NamedTuple):
     state: Tree  # donated, and replaced by its update
     args: tuple[Tree, ...]  # never closed over: XLA would fold them into the program
     loss: Callable[..., jax.Array]  # loss(state, *args)
-    grads: Callable[[Tree], Tree] = lambda grads: grads  # what becomes of the gradients
     once: Callable[[], Tree] | None = None  # what was computed before the first step
 
 
-def train_all(problem: Problem, params: Tree, batch: Tree) -> Way:
-    """Holds nothing still."""
-    return Way(params, batch, problem.loss)
+def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...]) -> Way:
+    trainable, frozen = mf.partition(problem.where, params)
 
-
-def partition(problem: Problem, params: Tree, batch: Tree) -> Way:
-    """Differentiates what trains: no frozen gradient is made, and the state is that alone."""
-
-    def loss(trainable: Tree, frozen: Tree, *batch: Tree) -> jax.Array:
+    def of_parts(trainable: Tree, frozen: Tree, *batch: Tree) -> jax.Array:
         return problem.loss(mf.merge(trainable, frozen), *batch)
 
-    trainable, frozen = mf.partition(problem.where, params)
-    return Way(trainable, (frozen, *batch), loss)
-
-
-def hoist(problem: Problem, params: Tree, batch: Tree) -> Way:
-    """Does the same, with what no trainable leaf touches computed once a batch."""
-    trainable, (frozen, *_), loss, *_ = partition(problem, params, batch)
-    once, rest = mf.hoist(loss, trainable, frozen, *batch)
-    features = partial(jax.jit(once), frozen, *batch)
-    return Way(trainable, (frozen, features()), rest, once=features)
-
-
-def stop_gradient(problem: Problem, params: Tree, batch: Tree) -> Way:
-    """Differentiates all parameters, those that are frozen to zeros."""
-
-    def loss(params: Tree, *batch: Tree) -> jax.Array:
+    def stopped(params: Tree, *batch: Tree) -> jax.Array:
         trainable, frozen = mf.partition(problem.where, params)
-        return problem.loss(mf.merge(trainable, jax.lax.stop_gradient(frozen)), *batch)
+        return of_parts(trainable, jax.lax.stop_gradient(frozen), *batch)
 
-    return Way(params, batch, loss)
-
-
-def mask(problem: Problem, params: Tree, batch: Tree) -> Way:
-    """Differentiates all parameters, and multiplies the frozen gradients by 0."""
-
-    def masked(grads: Tree) -> Tree:
-        return jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(problem.where, grads))
-
-    return Way(params, batch, problem.loss, masked)
+    if method == "partition":  # no frozen gradient is made, and the state is what trains
+        return Way(trainable, (frozen, *batch), of_parts)
+    if method == "hoist":  # and what no trainable leaf touches is computed once a batch
+        once, rest = mf.hoist(of_parts, trainable, frozen, *batch)
+        features = partial(jax.jit(once), frozen, *batch)
+        return Way(trainable, (frozen, features()), rest, features)
+    # All are differentiated: those that are frozen to zeros, or `mask` multiplies them by 0.
+    return Way(params, batch, stopped if method.startswith("stop") else problem.loss)
 
 
-WAYS = {f.__name__: f for f in (partition, hoist, stop_gradient, mask)}
-WAYS = {"all": train_all, **WAYS, "stop_gradient, not donated": stop_gradient}
-
-
-def step_of(way: Way, optimizer: str, clip: bool) -> Step:
+def step_of(row: Row, way: Way, where: mf.Where) -> Step:
     """The step on ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
 
     def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
         params, moments = state
         loss, grads = jax.value_and_grad(way.loss)(params, *args)
-        grads = way.grads(grads)
-        if clip:  # over all gradients that there are, and so it reads them all
+        if row.method == "mask":
+            grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
+        if row.clip:  # over all gradients that there are, and so it reads them all
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
             scale = jnp.minimum(1, CLIP / norm)
             grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-        if optimizer == "adam":
+        if row.optimizer == "adam":
             return adam(params, grads, *moments), loss
         return (mf.sgd_step(params, grads, SGD_RATE), ()), loss
 
     return step
-
-
-def started(optimizer: str, params: Tree) -> Tree:
-    """The state before the first step, of arrays of its own: a step deletes what it is given."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    moments = (zeros, zeros, jnp.zeros((), jnp.int32)) if optimizer == "adam" else ()
-    return jax.tree.map(jnp.copy, (params, moments))
 
 
 def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) -> Tree:
@@ -222,75 +182,74 @@ def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) 
     return jax.tree.map(new, params, mean, square), (mean, square, count)
 
 
+def started(optimizer: str, params: Tree) -> Tree:
+    """The state before the first step, in arrays of its own: a step deletes what it is given."""
+
+    def own(make: Callable[[Any], Any]) -> Tree:  # what is simulated is shapes alone, and stays
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Shape) else make(leaf), params)
+
+    zeros = partial(jax.tree.map, lambda leaf: jnp.zeros_like(leaf, device=leaf.sharding))
+    moments = (own(zeros), own(zeros), jnp.zeros((), jnp.int32)) if optimizer == "adam" else ()
+    return own(jnp.copy), moments
+
+
 # ---------------------------------------------------------------------------- the figures
 
+# Ratios are medians over rounds. FLOPs, bytes and shares are of one step on one device: `temp`,
+# `alias` and `memory` as XLA says, `collective` of the results of collectives, `sent` by a ring
+# for them, `kept` by hoist. `efficiency` is what of one device's pace each of many keeps.
+KEYS = """table problem method clip platform devices simulated layout step_s spread_s vs_all
+    compile_s flops flops_min peak_share temp_bytes trainable_bytes collective_bytes optimizer
+    memory_bytes alias_bytes bytes_min roofline_share rows_per_s efficiency sent_bytes once_s
+    kept_bytes kept_ratio break_even remark""".split()
 
-@dataclass
-class Row:
-    """One line of a table and of the JSON, in its keys and their order; None: no such figure.
 
-    Ratios are medians over rounds. FLOPs, bytes and shares are of one step on one device.
+class Row(SimpleNamespace):
+    """A line of a table and of the JSON, its ``KEYS``; and how its step is run to come to them.
+
+    ``make(row)`` gives it ``run``: ``run(fresh(), n)`` takes n steps and gives (state, loss). Of
+    the state, ``read`` gives what is compared within a ``group``, which must take the same step.
+    A sample takes ``steps``; ``samples`` are seconds a step, one a round.
     """
 
-    table: str
-    problem: str
-    method: str
-    clip: bool = False
-    platform: str = field(default_factory=jax.default_backend)
-    devices: int = 1
-    simulated: bool = False
-    layout: str | None = None
-    step_s: float | None = None
-    spread_s: float | None = None  # median absolute deviation
-    vs_all: float | None = None  # `all` of the same clipping, optimizer and layout
-    compile_s: float | None = None
-    flops: int | None = None
-    flops_min: int | None = None  # least_flops
-    peak_share: float | None = None  # flops a second, of the peak in the same rounds
-    temp_bytes: int | None = None
-    trainable_bytes: int | None = None
-    collective_bytes: int | None = None  # the results of collectives
-    optimizer: str = "sgd"
-    memory_bytes: int | None = None  # arguments + outputs - aliased + temporary
-    alias_bytes: int | None = None
-    bytes_min: int | None = None  # least_bytes
-    roofline_share: float | None = None
-    rows_per_s: float | None = None
-    efficiency: float | None = None  # of many devices: what of one device's pace each keeps
-    sent_bytes: int | None = None  # by each device of a ring
-    once_s: float | None = None  # hoist: what is computed before the first step, a batch
-    kept_bytes: int | None = None  # and kept with it
-    kept_ratio: float | None = None  # of the batch's own bytes
-    break_even: float | None = None  # epochs after which that has paid
-    remark: str | None = None
+    def __init__(self, *values: Any, **named: Any) -> None:
+        usual = {"clip": False, "devices": 1, "simulated": False, "optimizer": "sgd"}
+        usual |= {"platform": jax.default_backend(), "make": lambda row: None, "run": None}
+        usual |= {"fresh": lambda: None, "read": lambda state: state, "group": "", "once": None}
+        usual |= {"batch": 1, "steps": SAMPLE_STEPS, "samples": []}
+        super().__init__(**dict.fromkeys(KEYS) | usual | dict(zip(KEYS, values)) | named)
+
+    def figures(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in KEYS}
 
 
 def tree_bytes(tree: Tree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """The bytes of its arrays on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
     """The least FLOPs of a step: its matrix products, 2 x batch x in x out each.
 
-    - Forward, one product a layer. ``hoist`` has done those below the lowest layer that
-      trains, and that layer's own unless its ``w`` trains.
-    - For the gradient of each ``w`` that trains, one.
-    - For the gradient of a layer's input, one in each layer above the lowest that trains
-      (be it only its ``b``): below, nobody asks for it.
-
-    ``all`` trains everything. Elementwise work (biases, ReLU, softmax, the update) is left
-    out: it is the slack between this and XLA's count. None for a model that is no MLP here.
+    One a layer forward (``hoist`` has done those that need nothing that trains), one for the
+    gradient of each ``w`` that trains, and one for that of each layer's input above the lowest
+    layer that trains. Elementwise work, the slack to XLA's count, is left out. None for a model
+    that is no MLP here.
     """
     if not problem.sizes:
         return None
-    trains = mf.mask("*" if method == "all" else problem.where, problem.shapes()[0])
-    products = [2 * problem.batch * n_in * n_out for n_in, n_out in pairwise(problem.sizes)]
-    layers = [trains[f"linear_{i}"] for i in range(len(products))]
+    trains = mf.mask("*" if method == "all" else problem.where, drawn(problem.make, 1, True)[0])
+    layers = [trains[f"linear_{i}"] for i in range(len(problem.sizes) - 1)]
     lowest = min(i for i, layer in enumerate(layers) if layer["w"] or layer["b"])
     total = 0
-    for i, (layer, flops) in enumerate(zip(layers, products)):
+    for i, (layer, (n_in, n_out)) in enumerate(zip(layers, pairwise(problem.sizes))):
         hoisted = method == "hoist" and (i < lowest or (i == lowest and not layer["w"]))
-        total += flops * ((not hoisted) + layer["w"] + (i > lowest))
+        products = (not hoisted) + layer["w"] + (i > lowest)
+        total += products * 2 * problem.batch * n_in * n_out
     return total
 
 
@@ -302,56 +261,30 @@ def least_bytes(way: Way, trains: int, moments: int) -> int:
     """
     traced = jax.make_jaxpr(way.loss)(way.state, *way.args).jaxpr
     used = {id(atom) for eqn in traced.eqns for atom in eqn.invars}
-    return trains + 2 * moments + tree_bytes([v.aval for v in traced.invars if id(v) in used])
+    given = zip(traced.invars, jax.tree.leaves((way.state, way.args)))
+    return trains + 2 * moments + tree_bytes([leaf for var, leaf in given if id(var) in used])
 
 
-def least_seconds(flops: float, moved: float, peak: float, bandwidth: float) -> float:
-    """The roofline: no step is faster than its FLOPs at the peak, or its bytes at theirs."""
-    return max(flops / peak, moved / bandwidth)
-
-
-def median_and_spread(samples: Sequence[float]) -> tuple[float, float]:
-    """The median, and the median distance from it."""
-    middle = statistics.median(samples)
-    return middle, statistics.median(abs(sample - middle) for sample in samples)
-
-
-def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
-    """The median of the ratios within a round."""
-    return statistics.median(a / b for a, b in zip(samples, base, strict=True))
-
-
-def epochs_to_pay(once: float, partition: float, hoist: float) -> float | None:
-    """The visits of a batch after which hoist has paid: its cost over what a visit saves."""
-    return once / (partition - hoist) if partition > hoist else None
-
-
-# What a ring sends, a device, for each byte of the result that it has in the end.
-RING: dict[str, Callable[[int], float]] = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-}
 # An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
-COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(RING)})(?:-done)?\(")
+COLLECTIVE = re.compile(r" = (\(.*?\)|\S+) ([a-z-]+?)(?:-done)?\(")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
-def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
-    """The bytes of the collectives' results on a device, and those that a ring sends for them.
+def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
+    """The bytes of the collectives' results on one of n devices, and those that a ring sends.
 
     >>> text = "%r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1"
-    >>> collective_bytes(text, devices=4)
+    >>> collective_bytes(text, 4)
     (52, 78)
     """
+    ring = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": n - 1}
+    ring |= {"all-to-all": (n - 1) / n, "collective-permute": 1}
     total, sent = 0, 0.0  # by the program's text; one in a loop counts once
     for result, kind in COLLECTIVE.findall(hlo):
-        for name, bits, axes in ARRAY.findall(result):
-            size = math.prod(int(n) for n in axes.split(",") if n)
+        for name, bits, axes in ARRAY.findall(result) if kind in ring else ():
+            size = math.prod(int(axis) for axis in axes.split(",") if axis)
             size = size if name == "pred" else size * int(bits) // 8
-            total, sent = total + size, sent + RING[kind](devices) * size
+            total, sent = total + size, sent + ring[kind] * size
     return total, round(sent)
 
 
@@ -361,9 +294,9 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
     compiled = step.lower(*args).compile()
     row.compile_s = time.perf_counter() - start
     compiled = getattr(compiled, "compiled", compiled)  # Equinox and Flax wrap it
-    flops = (compiled.cost_analysis() or {}).get("flops")
+    flops = (compiled.cost_analysis() or {}).get("flops", -1)
     # On some GPUs XLA does not count what a library computes.
-    row.flops = None if flops is None or flops < (row.flops_min or 0) else int(flops)
+    row.flops = int(flops) if flops >= (row.flops_min or 0) else None
     row.collective_bytes, row.sent_bytes = collective_bytes(compiled.as_text(), row.devices)
     if (memory := compiled.memory_analysis()) is not None:
         row.temp_bytes, row.alias_bytes = memory.temp_size_in_bytes, memory.alias_size_in_bytes
@@ -371,51 +304,84 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
         row.memory_bytes = held - row.alias_bytes + row.temp_bytes
 
 
-def note_times(case: Case, base: Sequence[float], peak: float, bandwidth: float) -> None:
-    """Notes what the samples say, also beside those of `all` and what the device can do."""
-    row = case.row
-    row.step_s, row.spread_s = median_and_spread(case.samples)
-    row.vs_all = paired_ratio(case.samples, base) if base else None
-    row.rows_per_s = case.rows / row.step_s if case.rows else None
-    row.once_s = median_and_spread(case.once.samples)[0] if case.once else None
+def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -> None:
+    """Notes what the samples say, also beside those of `all` and what the device can do.
+
+    The roofline: no step is faster than its least FLOPs at the peak, or its bytes at theirs.
+    """
+    median = statistics.median
+    row.step_s = median(row.samples)
+    row.spread_s = median(abs(sample - row.step_s) for sample in row.samples)
+    row.vs_all = median(a / b for a, b in zip(row.samples, base, strict=True)) if base else None
+    row.rows_per_s = row.batch / row.step_s
+    row.once_s = median(row.once.samples) if row.once else None
     if row.flops is not None and row.platform == jax.default_backend():  # whose peak it is
         row.peak_share = row.flops / row.step_s / peak
-        least = least_seconds(row.flops_min or row.flops, row.bytes_min or 0, peak, bandwidth)
+        least = max((row.flops_min or row.flops) / peak, (row.bytes_min or 0) / bandwidth)
         row.roofline_share = least / row.step_s
 
 
 def note_comparisons(rows: Sequence[Row]) -> None:
-    """Notes when hoist has paid against partition, and what of one device's pace many keep."""
-    for row, base in product(rows, rows):
-        like = base.problem, base.clip, base.optimizer, base.platform
-        if (
-            row.step_s
-            and base.step_s
-            and like == (row.problem, row.clip, row.optimizer, row.platform)
-        ):
-            if row.once_s and base.method == "partition":
-                row.break_even = epochs_to_pay(row.once_s, base.step_s, row.step_s)
-            if base.devices == 1 < row.devices and base.method == row.method:
+    """Notes when hoist has paid, t_once / (t_partition - t_hoist), and how devices scale."""
+    same = ("problem", "clip", "optimizer", "platform")
+    timed = [row for row in rows if row.step_s]
+    for row, base in product(timed, timed):
+        if all(getattr(row, key) == getattr(base, key) for key in same):
+            if base.method == "partition" and row.once_s and base.step_s > row.step_s:
+                row.break_even = row.once_s / (base.step_s - row.step_s)
+            if base.method == row.method and base.devices == 1 < row.devices:
                 row.efficiency = base.step_s / row.step_s  # at as many rows a device
 
 
 # ------------------------------------------------------------------------------ the clock
 
 
-@dataclass
-class Case:
-    """Something to time: ``run(fresh(), n)`` takes n steps and gives (state, loss)."""
+def prepare(problem: Problem, row: Row, mesh: Any = None) -> None:
+    """Compiles a method's step, on the rows of ``row.devices``, for the default one or a mesh.
 
-    row: Row
-    run: Callable[[Tree, int], tuple[Tree, Any]]
-    fresh: Callable[[], Tree]  # the same state for each sample: it gets donated
-    read: Callable[[Tree], Tree] = lambda state: state  # what of the state is compared
-    group: str = ""  # of cases that must take the same step
-    first: int = 1  # steps until they are compared
-    steps: int = 0  # a sample; 0: as many as it needs
-    rows: int = 0  # of a batch
-    once: Case | None = None
-    samples: list[float] = field(default_factory=list)  # s a step, one a round
+    A mesh shares out a batch by rows, a ``sharded`` parameter by its first axis that it divides;
+    of one that is simulated the arrays are shapes alone.
+    """
+
+    def put(sharded: bool, leaf: Any) -> Any:
+        axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
+        spec = Spec(*[None] * axes[0], "data") if sharded and axes else Spec()
+        place = NamedSharding(mesh, spec)
+        shape = Shape(leaf.shape, leaf.dtype, sharding=place)
+        return shape if row.simulated else jax.device_put(leaf, place)
+
+    row.batch = problem.batch * row.devices
+    params, batch = drawn(problem.make, row.devices, row.simulated)
+    if mesh is not None:
+        params = jax.tree.map(partial(put, row.layout == "sharded"), params)
+        batch = jax.tree.map(lambda leaf: put(leaf.shape[:1] == (row.batch,), leaf), batch)
+    way = way_of(row.method, problem, params, batch)
+    trains, _ = mf.partition("*" if row.method == "all" else problem.where, params)
+    row.flops_min, row.trainable_bytes = least_flops(problem, row.method), tree_bytes(trains)
+    moments = 2 * row.trainable_bytes if row.optimizer == "adam" else 0
+    row.bytes_min = least_bytes(way, row.trainable_bytes, moments)
+    row.fresh = partial(started, row.optimizer, way.state)
+    state = row.fresh()
+    places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    donated = () if row.method.endswith("not donated") else (0,)
+    step = step_of(row, way, problem.where)
+    step = jax.jit(step, donate_argnums=donated, out_shardings=places)
+    note_program(row, step, state, *way.args)
+
+    def read(state: Tree) -> Tree:
+        # Adam's first step is the gradients' sign, which a rounding turns: take its moment.
+        tree = state[1][0] if state[1] else state[0]
+        return mf.partition(problem.where, tree)[0] if row.method == "all" else tree
+
+    # Clipped, `all` stands alone: a norm over all is another than one over what trains.
+    row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
+    row.run, row.read = None if row.simulated else partial(repeat, step, way.args), read
+    if (once := way.once) is not None:
+        row.once = Row(run=partial(repeat, lambda state: (state, once()), ()))
+        row.kept_bytes = tree_bytes(way.args[1])
+        row.kept_ratio = row.kept_bytes / tree_bytes(batch)
+        if "random_bits" in str(jax.make_jaxpr(once)()):
+            row.remark = "what it draws at random is drawn once, and fixed"
 
 
 def repeat(step: Step, args: Sequence[Tree], state: Tree, steps: int) -> tuple[Tree, Any]:
@@ -424,355 +390,265 @@ def repeat(step: Step, args: Sequence[Tree], state: Tree, steps: int) -> tuple[T
     return state, loss
 
 
-def prepare(problem: Problem, row: Row, mesh: Mesh | None = None, devices: int = 1) -> Case:
-    """Compiles a method's step: for the default device, with the rows of one or of many, or
-    for a mesh, over whose devices the batch is spread; and the parameters, if ``sharded``.
-    """
-    make_way, start = partial(WAYS[row.method], problem), partial(started, row.optimizer)
-    data = drawn(problem.make, devices) if mesh is None else problem.shapes(mesh.size)
-    way = make_way(*data)
-    trains, _ = mf.partition("*" if row.method == "all" else problem.where, data[0])
-    row.trainable_bytes, row.flops_min = tree_bytes(trains), least_flops(problem, row.method)
-    moments = tree_bytes(jax.eval_shape(start, trains)) - row.trainable_bytes
-    donated, everywhere = () if row.method.endswith("not donated") else (0,), None
-    if mesh is None:
-        row.bytes_min = least_bytes(way, row.trainable_bytes, moments)
-        step = jax.jit(step_of(way, row.optimizer, row.clip), donate_argnums=donated)
-        fresh: Any = start
-    else:
-        places, everywhere = spread(problem, row, mesh), NamedSharding(mesh, Spec())
-        lay = make_way(*places)
-        moment_places = (lay.state, lay.state, everywhere) if row.optimizer == "adam" else ()
-        states = lay.state, moment_places
-        step = jax.jit(
-            step_of(way, row.optimizer, row.clip),
-            donate_argnums=donated,
-            in_shardings=(states, *lay.args),
-            out_shardings=(states, everywhere),
-        )
-        fresh = jax.jit(start, out_shardings=states)
-        row.trainable_bytes = sum(
-            math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, place in zip(*map(jax.tree.leaves, (way.state, lay.state)))
-        )
-    note_program(row, step, jax.eval_shape(start, way.state), *way.args)
-    if mesh is not None and not row.simulated:
-        way = make_way(*jax.device_put(drawn(problem.make, mesh.size), places))
-
-    def read(state: Tree) -> Tree:
-        # Adam's first step is the gradients' sign, which a rounding turns: take its moment.
-        tree = state[1][0] if state[1] else state[0]
-        tree = mf.partition(problem.where, tree)[0] if row.method == "all" else tree
-        if mesh is not None:
-            tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
-
-    # Clipped, `all` stands alone: a norm over all is another than one over what trains.
-    group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
-    case = Case(row, partial(repeat, step, way.args), partial(fresh, way.state), read, group)
-    case.rows = rows_in(data[1])
-    if (once := way.once) is not None:
-        case.once = Case(row, partial(repeat, lambda state: (state, once()), ()), lambda: None)
-        row.kept_bytes = tree_bytes(way.args[1])
-        row.kept_ratio = row.kept_bytes / tree_bytes(data[1])
-        if "random_bits" in str(jax.make_jaxpr(once)()):
-            row.remark = "what it draws at random is drawn once, and fixed"
-    return case
-
-
-def spread(problem: Problem, row: Row, mesh: Mesh) -> Tree:
-    """Where parameters and batch go: what is shared by its first axis that divides, or whole."""
-    params, batch = problem.shapes(mesh.size)
-
-    def place(leaf: Any, axes: Sequence[int]) -> NamedSharding:
-        axis = next((i for i in axes if leaf.shape[i] and leaf.shape[i] % mesh.size == 0), None)
-        spec = Spec() if axis is None or mesh.size == 1 else Spec(*[None] * axis, "data")
-        return NamedSharding(mesh, spec)
-
-    return (
-        jax.tree.map(lambda x: place(x, range(x.ndim) if row.layout == "sharded" else ()), params),
-        jax.tree.map(lambda x: place(x, [0] if x.shape[:1] == (rows_in(batch),) else ()), batch),
-    )
-
-
-def rows_in(batch: Tree) -> int:
-    """The length of a batch: that of its first array that has one."""
-    return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
-
-
-@contextlib.contextmanager
-def fitting_in_memory(row: Row) -> Iterator[None]:
-    """Lets a case that runs out of memory say so in its row, and the rest go on."""
+def attempt(row: Row, work: Callable[..., None], *args: Any) -> None:
+    """Does it; a row that runs out of memory says so, is run no more, and the rest go on."""
     try:
-        yield
+        work(row, *args)
     except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
         known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
-        # The other processes of a cluster would wait for this one in the case's collectives.
+        # The other processes of a cluster would wait for this one in the row's collectives.
         if not known or jax.process_count() > 1:
             raise
-        row.remark = OUT_OF_MEMORY
+        row.remark, row.run = "out of memory", None
 
 
-def measure(
-    options: Options, rows: Sequence[Row], make: Callable[[Row], Case], known: Sequence[Case] = ()
-) -> Sequence[Row]:
-    """Makes cases, shows that they (and what is known) agree, and times them in rounds."""
-    cases = []
+def measure(rows: Sequence[Row], options: Options) -> None:
+    """Makes rows, shows that they agree, and times them in rounds."""
+    first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
-        with fitting_in_memory(row):
-            cases.append(make(row))
-    check_agreement([*known, *cases])
-    rates = probes(options.dtype)
-    time_in_rounds([*cases, *(case.once for case in cases if case.once), *rates], options.rounds)
-    best = [probe.rows / min(probe.samples) for probe in rates]
-    bases = {(c.row.clip, c.row.optimizer): c.samples for c in cases if c.row.method == "all"}
-    for case in cases:
-        if case.row.remark != OUT_OF_MEMORY:
-            note_times(case, bases.get((case.row.clip, case.row.optimizer), []), *best)
-    note_comparisons(rows)
-    return rows
+        attempt(row, row.make)
+        if row.run:
+            attempt(row, check_agreement, first)
+    if any(row.run for row in rows):
+        rates = probes(options.dtype)
+        time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
+        limits = [probe.batch / min(probe.samples) for probe in rates]
+        timed = [row for row in rows if row.run]
+        bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
+        for row in timed:
+            note_times(row, bases.get((row.clip, row.optimizer), []), *limits)
 
 
 @functools.cache
-def probes(dtype: str) -> tuple[Case, Case]:
-    """What the device can do at most: a product, a sum; their `rows` are FLOPs and bytes."""
+def probes(dtype: str) -> tuple[Row, Row]:
+    """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
     matrix, vector = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
-    multiply = partial(repeat, jax.jit(lambda a, b: (a, a @ b), donate_argnums=0), (matrix,))
-    add = partial(repeat, jax.jit(lambda a, b: (a + b, None), donate_argnums=0), (vector,))
-    case = partial(Case, Row("", "", ""))
-    return (
-        case(multiply, partial(jnp.copy, matrix), rows=2 * n**3),
-        case(add, partial(jnp.copy, vector), rows=3 * vector.nbytes),
-    )
+
+    def probe(step: Step, start: jax.Array, work: int) -> Row:
+        run = partial(repeat, jax.jit(step, donate_argnums=0), (start,))
+        return Row(run=run, fresh=partial(jnp.copy, start), batch=work)
+
+    products = probe(lambda a, b: (a, a @ b), matrix, 2 * n**3)
+    return products, probe(lambda a, b: (a + b, None), vector, 3 * vector.nbytes)
 
 
-def time_in_rounds(cases: Sequence[Case], rounds: int) -> None:
-    """Times each case once a round, in a shuffled order that is the same in all processes."""
-    order, shuffle = list(cases), random.Random(0).shuffle
+def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
+    """Times each row once a round, in a shuffled order that is the same in all processes."""
+    order, shuffle = list(rows), random.Random(0).shuffle
     gc.disable()  # it would go through all that JAX has loaded
     try:
-        for i in range(-1, rounds):
+        for find_steps in (True, *[False] * rounds):
             shuffle(order)
-            for case in order:
-                with fitting_in_memory(case.row):
-                    if i < 0:
-                        case.samples, case.steps = [], case.steps or enough_steps(case)
-                    elif case.row.remark != OUT_OF_MEMORY:
-                        case.samples.append(seconds(case, case.steps) / case.steps)
+            for row in order:
+                if row.run:
+                    attempt(row, sample, find_steps)
     finally:
         gc.enable()
 
 
-def seconds(case: Case, steps: int) -> float:
-    """The time of so many steps, after an untimed one that brings back what others displaced."""
-    state, _ = wait(case.run(case.fresh(), case.first))
-    start = time.perf_counter()
-    wait(case.run(state, steps))
-    return time.perf_counter() - start
+def sample(row: Row, find_steps: bool) -> None:
+    if find_steps:
+        row.samples = []
+        while seconds(row) < SAMPLE_S and row.steps < RUN_STEPS:
+            row.steps *= 2
+    else:
+        row.samples.append(seconds(row) / row.steps)
 
 
-def enough_steps(case: Case) -> int:
-    """How many steps a sample takes; in a cluster process 0 says, for all must take as many."""
-    steps, took = 1, 0.0
-    while took < SAMPLE_S / 4 and steps < 40_000:
-        took = float(multihost_utils.broadcast_one_to_all(np.float32(seconds(case, steps))))
-        steps *= 4
-    return max(SAMPLE_STEPS, math.ceil(steps / 4 * SAMPLE_S / took))
+def seconds(row: Row) -> float:
+    """The time of a sample, process 0's, for all must take as many steps.
 
-
-def check_agreement(cases: Sequence[Case]) -> None:
-    """Stops where cases of a group differ in their first steps, by over a hundredth in a leaf.
-
-    Of the leaf's largest change, for a GPU multiplies float32 in TF32; with four roundings of
-    its largest value. What the first of the group does not train must stay as it was.
+    One untimed step goes before it, and brings back into the caches what others displaced.
     """
-    first: dict[str, tuple[Row, Tree]] = {}
-    for case in cases:
-        with fitting_in_memory(case.row):
-            before = dict(tree_flatten_with_path(case.read(case.fresh()))[0])
-            state, loss = case.run(case.fresh(), case.first)
-            after = dict(tree_flatten_with_path(case.read(state))[0])
-            like, wanted = first.setdefault(case.group, (case.row, after))
-            what = f"{case.row.problem}: {label(case.row)}"
-            if not jnp.isfinite(loss).all():
-                raise Broken(f"{what}: the loss is {loss}")
-            for path, leaf in after.items():
-                a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
-                name = repr(keystr(path, simple=True, separator="/"))
-                if not np.isfinite(a).all():
-                    raise Broken(f"{what}: the gradient of {name} is not finite")
-                difference, largest = (np.abs(x).max(initial=0) for x in (a - b, was))
-                eps = float(np.spacing(leaf.dtype.type(1)))
-                allowed = max(0.01, 8 * eps) * np.abs(b - was).max(initial=0) + 4 * eps * largest
-                if difference > allowed:
-                    must = f"must take the step of {label(like)}: {name} differs by"
-                    raise Broken(f"{what} {must} {difference:.3g}, {allowed:.3g} is allowed")
+    state, _ = wait(row.run(row.fresh(), 1))
+    start = time.perf_counter()
+    wait(row.run(state, row.steps))
+    took = np.float32(time.perf_counter() - start)
+    return float(multihost_utils.broadcast_one_to_all(took))
+
+
+def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
+    """Stops where a row's first step is not that of its group's ``first``.
+
+    A leaf may differ by a hundredth of its largest change, for a GPU multiplies float32 in
+    TF32, and by four roundings of its largest value. What the first does not train must stay.
+    """
+    what, state = f"{row.problem}: {label(row)}", row.fresh()
+    before = on_host(row.read(state))
+    state, loss = row.run(state, 1)
+    after = on_host(row.read(state))
+    if not jnp.isfinite(loss).all():
+        raise Stop(1, f"{what}: the loss is {loss}")
+    like, wanted = first.setdefault(row.group, (row, after))
+    for name, leaf in after.items():
+        a, b, was = map(np.float32, (leaf, wanted.get(name, before[name]), before[name]))
+        if not np.isfinite(a).all():
+            raise Stop(1, f"{what}: the gradient of {name!r} is not finite")
+        apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
+        eps = float(np.spacing(leaf.dtype.type(1)))
+        if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
+            differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
+            raise Stop(1, f"{what} must take the step of {label(like)}: {differs}")
+
+
+def on_host(tree: Tree) -> dict[str, np.ndarray]:
+    """Every array by its name, whole."""
+    gather, host = partial(multihost_utils.process_allgather, tiled=True), {}
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        whole = leaf if leaf.is_fully_addressable else gather(leaf)
+        host[keystr(path, simple=True, separator="/")] = np.asarray(whole)
+    return host
 
 
 # ----------------------------------------------------------------------------- the tables
 
-Lines: TypeAlias = Iterator[Row | str]  # a table's rows, and what else is to be printed
+Rows: TypeAlias = Iterator[list[Row]]  # those that are timed together, before they are made
 
 
-def methods_table(options: Options, problems: Sequence[Problem]) -> Lines:
-    """Every problem plainly; the last one also clipped, not donated and with Adam."""
-    usual, (*donated, not_donated) = options.optimizer or "sgd", WAYS
+def methods_table(options: Options, problems: Sequence[Problem]) -> Rows:
+    """a step, by how layers are held still"""
+    usual = options.optimizer or "sgd"
     for problem in problems:
         # Of a model of the user's, nobody knows whether there is something to hoist.
         same = problem.sizes and least_flops(problem, "hoist") == least_flops(problem, "partition")
-        ways = [way for way in donated if not (same and way == "hoist")]
+        *ways, not_donated = [way for way in WAYS if not (same and way == "hoist")]
         kinds = [(way, False, usual) for way in ways]
         if problem is problems[-1]:
             kinds += [(not_donated, False, usual), *((way, True, usual) for way in ways)]
             kinds += [(way, False, "adam") for way in ways[:-2] if options.optimizer is None]
-        rows = [Row("methods", problem.name, way, clip, optimizer=opt) for way, clip, opt in kinds]
-        yield from measure(options, rows, partial(prepare, problem))
+        new = partial(Row, "methods", problem.name, make=partial(prepare, problem))
+        yield [new(way, clip, optimizer=optimizer) for way, clip, optimizer in kinds]
 
 
-def prefix_table(options: Options, problems: Sequence[Problem]) -> Lines:
-    """`all` is the same step whatever else would be frozen, and stands for 0 of them."""
-    whole, rows, prefixes = problems[-1], list[Row](), dict[str, Problem]()
-    for frozen in range(len(whole.sizes) - 1):
-        where = [f"linear_{i}" for i in range(frozen, len(whole.sizes) - 1)]
-        name = f"{whole.name}, {frozen} frozen"
-        prefixes[name] = dataclasses.replace(whole, name=name, where=where)
-        for way in ("partition", "hoist") if frozen else ("all",):
-            rows.append(Row("prefix", name, way, optimizer=options.optimizer or "sgd"))
-    yield from measure(options, rows, lambda row: prepare(prefixes[row.problem], row))
+def prefix_table(options: Options, problems: Sequence[Problem]) -> Rows:
+    """a step, by how many layers from the first are frozen"""
+    rows, layers = list[Row](), [f"linear_{i}" for i in range(len(problems[-1].sizes) - 1)]
+    for n in range(len(layers)):
+        problem = problems[-1]._replace(where=layers[n:])
+        new = partial(Row, optimizer=options.optimizer or "sgd", make=partial(prepare, problem))
+        for way in ("partition", "hoist") if n else ("all",):
+            rows.append(new("prefix", f"{problem.name}, {n} frozen", way))
+    yield rows
 
 
-def run_table(options: Options, problems: Sequence[Problem]) -> Lines:
-    """The walk-through's steps on its own data: by `train_step`, and by Haiku's."""
+def devices_table(options: Options, problems: Sequence[Problem]) -> Rows:
+    """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
+    for devices, problem in product(meshes(options), problems[-2:]):
+        count, kind, mesh = len(devices), devices[0].platform, Mesh(np.array(devices), ("data",))
+        simulated = bool(options.compile_only) or (kind == "cpu" and count > jax.process_count())
+        new = partial(Row, platform=kind, devices=count, optimizer=options.optimizer or "sgd")
+        leaves = jax.tree.leaves(drawn(problem.make, 1, True)[0])
+        divides = count > 1 and any(n % count == 0 for leaf in leaves for n in leaf.shape)
+        for layout in ("replicated", "sharded")[: 1 + divides]:
+            new = partial(new, make=partial(prepare, problem, mesh=mesh), simulated=simulated)
+            ways = ("all", "partition")
+            rows = [new("devices", problem.name, way, layout=layout) for way in ways]
+            # One device, with as many rows, must take the same step; it is not shown.
+            alone = new("", problem.name, "all", make=partial(prepare, problem))
+            yield rows if simulated else [alone, *rows]
+    if not (options.devices or options.compile_only) and jax.process_count() == 1:
+        # In this process simulated devices would disturb all else.
+        spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+        worker = ProcessPoolExecutor(1, spawn, signal.signal, ignore)
+        yield [Row(**figures) for figures in worker.submit(simulated_rows, options).result()]
+
+
+def meshes(options: Options) -> Iterator[list[jax.Device]]:
+    """Of each platform 1, 2, 4, ... devices, as many of each process."""
+    usual, processes = jax.default_backend(), jax.process_count()
+    alone = processes > 1 or options.devices or options.compile_only
+    for kind in dict.fromkeys((usual,) if alone else (usual, "cpu", "gpu", "tpu")):
+        with contextlib.suppress(RuntimeError):  # "Unknown backend"
+            devices = jax.devices(kind)
+            own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+            counts = {1, len(devices), *(processes * 2**i for i in range(20))}
+            if kind == usual and len(devices) == 1:
+                counts = set()  # it is in the other tables
+            for n in options.devices or sorted(n for n in counts if n <= len(devices)):
+                yield [d for some in own for d in some[: n // processes]] or devices[:1]
+
+
+def simulated_rows(options: Options) -> list[dict[str, Any]]:
+    """The figures of eight simulated CPU devices."""
+    options.devices, options.compile_only = [8], True
+    rows = [row for group in devices_table(options, set_up(options)) for row in group]
+    measure(rows, options)
+    return [row.figures() for row in rows]
+
+
+def run_table(options: Options, problems: Sequence[Problem]) -> Rows:
+    """the walk-through's 10,000 steps, each: by `train_step`, and by Haiku's"""
     problem = mlp("seed", *PROBLEMS["seed"], options.dtype)
     xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.batch)
     batches = xs.astype(options.dtype), ys
-    make = partial(prepare_run, mf.train_step, *mf.partition(problem.where, drawn(problem.make)[0]))
-    makes = dict.fromkeys(("loop", "scan"), partial(make, batches))
-    if options.peers:
-        makes |= load_peers().run(sys.modules[__name__], problem, batches)
-    rows = [Row("run", "seed", way) for way in makes]
-    # A sample takes half a second: a third of the rounds says as much.
-    fewer = Options(**vars(options) | {"rounds": -(-options.rounds // 3)})
-    yield from measure(fewer, rows, lambda row: makes[row.method](row))
+    ours = partial(prepare_run, *mf.partition(problem.where, drawn(problem.make)[0]), batches)
+    makes = {"loop": partial(ours, mf.train_step), "scan": partial(ours, mf.train)}
+    if "peers" in options.tables:
+        makes |= peers().run(sys.modules[__name__], problem, batches)
+    yield [Row("run", "seed", way, steps=RUN_STEPS, make=make) for way, make in makes.items()]
 
 
-def prepare_run(step: Step, state: Tree, frozen: Tree, batches: Tree, row: Row) -> Case:
-    """Compiles a step that is called for each batch, or one call for them all."""
-    one_by_one, scanned = list(zip(*batches)), row.method.endswith("scan")
+def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Step, row: Row) -> None:
+    """Makes a step that is called for each batch, or with them all."""
+    one_by_one, jitted = list(zip(*batches)), jax.jit(step, donate_argnums=0)
 
-    def all_steps(state: Tree, frozen: Tree, *batches: Tree) -> Any:
-        return jax.lax.scan(lambda state, batch: step(state, frozen, *batch), state, batches)
+    def scan(state: Tree, steps: int) -> Any:
+        return jitted(state, frozen, *(column[:steps] for column in batches))
 
-    jitted = jax.jit(all_steps if scanned else step, donate_argnums=0)
-    note_program(row, jitted, state, frozen, *(batches if scanned else one_by_one[0]))
-    row.flops = None if scanned else row.flops  # of a loop XLA counts the body once
-
-    def run(state: Tree, steps: int) -> Any:
-        if scanned:
-            return jitted(state, frozen, *(column[:steps] for column in batches))
+    def loop(state: Tree, steps: int) -> Any:
         for batch in one_by_one[:steps]:
             state, loss = jitted(state, frozen, *batch)
         return state, loss
 
-    fresh, rows = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
-    return Case(row, run, fresh, first=10, steps=RUN_STEPS, rows=rows)
+    row.run = scan if row.method.endswith("scan") else loop
+    row.fresh, row.batch = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
+    note_program(row, jitted, state, frozen, *(batches if row.run is scan else one_by_one[0]))
+    row.flops = None if row.run is scan else row.flops  # of a loop XLA counts the body once
 
 
-def peers_table(options: Options, problems: Sequence[Problem]) -> Lines:
+def peers_table(options: Options, problems: Sequence[Problem]) -> Rows:
+    """the same step in other libraries, in the forms that they recommend"""
     for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
-        yield from load_peers().table(sys.modules[__name__], options, problem)
+        yield peers().rows(sys.modules[__name__], problem)
 
 
-def load_peers() -> Any:
-    """The other libraries' steps, which stand in a file of their own."""
-    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "peers.py")
-    if not os.path.isfile(file):
-        raise Refused(f"--peers: the other libraries' steps are expected in {file}")
-    return module_of(file, "peers")
+def peers() -> Any:
+    with refusing("--peers needs the other libraries' steps"):
+        return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
 
 
-def devices_table(options: Options, problems: Sequence[Problem]) -> Lines:
-    """Data-parallel steps: timed where the devices are real, else compiled for simulated ones."""
-    timed: list[Row] = []
-    for kind, devices in meshes(options):
-        count, mesh = len(devices), Mesh(np.array(devices), ("data",))
-        simulated = bool(options.compile_only) or (kind == "cpu" and count > jax.process_count())
-        for problem, layout in product(problems[-2:], ("replicated", "sharded")):
-            row = Row("devices", problem.name, "all", False, kind, count, simulated, layout)
-            row.optimizer = options.optimizer or "sgd"
-            rows = [row, dataclasses.replace(row, method="partition")]
-            places = jax.tree.leaves(spread(problem, row, mesh)[0])
-            if layout == "sharded" and all(place.is_fully_replicated for place in places):
-                continue  # no axis divides by the devices
-            if simulated:
-                for row in rows:
-                    with fitting_in_memory(row):
-                        prepare(problem, row, mesh)
-            else:  # one device, with as many rows, must make the same
-                like = Row("", problem.name, "all", optimizer=row.optimizer)
-                known = prepare(problem, like, devices=count)
-                timed += measure(options, rows, partial(prepare, problem, mesh=mesh), [known])
-                note_comparisons(timed)
-            yield from rows
-    if not (options.devices or options.compile_only) and jax.process_count() == 1:
-        yield from simulated_rows(options)
+# Each with what it heeds of the options that not all tables heed.
+TABLES: dict[str, tuple[Callable[[Options, Sequence[Problem]], Rows], str]] = {
+    "methods": (methods_table, "sizes batch train freeze optimizer model"),
+    "prefix": (prefix_table, "sizes batch optimizer"),
+    "devices": (devices_table, "sizes batch train freeze optimizer model devices compile_only "
+                               "cluster coordinator"),
+    "run": (run_table, ""),
+    "peers": (peers_table, "sizes batch train freeze"),
+}  # fmt: skip
+
+# ---------------------------------------------------------------- options and the cluster
 
 
-def meshes(options: Options) -> Iterator[tuple[str, list[jax.Device]]]:
-    """Each platform, the default one first, and so many of its devices, as many a process."""
-    processes, kinds = jax.process_count(), [jax.default_backend(), "cpu", "gpu", "tpu"]
-    for kind in dict.fromkeys(kinds[:1] if processes > 1 or options.devices else kinds):
-        with contextlib.suppress(RuntimeError):  # "Unknown backend"
-            devices = jax.devices(kind)
-            doubled = [processes * 2**i for i in range(20) if processes * 2**i <= len(devices)]
-            usual = sorted({1, *doubled, len(devices)})
-            # One device alone is in the other tables.
-            for count in options.devices or (usual if len(usual) > 1 or kind != kinds[0] else []):
-                own = [[d for d in devices if d.process_index == i] for i in range(processes)]
-                each = [d for some in own for d in some[: count // processes]]
-                yield kind, each or jax.local_devices(backend=kind)[:1]
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Refuses in one line what Python, JAX or the module does not take."""
+    try:
+        yield
+    except Exception as error:
+        raise Stop(2, f"error: {what}: {str(error).partition(chr(10))[0]}") from None
 
 
-def simulated_rows(options: Options) -> Any:
-    """The rows of eight simulated CPU devices: in this process they would disturb all else."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    worker = spawn.Process(target=send_simulated_rows, args=(options, there), daemon=True)
-    worker.start()
-    there.close()
-    return here.recv()
-
-
-def send_simulated_rows(options: Options, pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
-    options.devices, options.compile_only = [8], True
-    pipe.send(list(devices_table(options, set_up(options))))
-
-
-SIMULATED = """; on simulated ones, exact but for
-time, which is left out, and sharded as XLA does it for CPUs"""
-TABLES: dict[str, tuple[str, Callable[[Options, Sequence[Problem]], Lines]]] = {
-    "methods": ("a step, by how layers are held still", methods_table),
-    "prefix": ("a step, by how many layers from the first are frozen", prefix_table),
-    "devices": (f"a data-parallel step, seen from one device{SIMULATED}", devices_table),
-    "run": (f"{RUN_STEPS} steps of the walk-through, each", run_table),
-    "peers": ("the same step in other libraries, in the forms that they recommend", peers_table),
-}
-
-# ------------------------------------------------------------------ options and refusals
-
-USED_BY = {  # option: the tables that heed it; the others heed them all
-    **dict.fromkeys(("sizes", "batch"), "methods prefix devices peers"),
-    **dict.fromkeys(("train", "freeze"), "methods devices peers"),
-    "optimizer": "methods prefix devices",
-    "model": "methods devices",
-    **dict.fromkeys(("devices", "compile_only", "cluster", "coordinator"), "devices"),
-}
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
+    return int(text)
 
 
 def parse(argv: Sequence[str] | None) -> Options:
-    # Without its usage text, argparse says what is wrong in one line (and exits with 2).
+    """The options, with the tables that are asked for or all that heed every option given."""
+    # Without its usage text, argparse says what is wrong in one line, and exits with 2.
     parser = argparse.ArgumentParser("bench.py", argparse.SUPPRESS, __doc__.partition("\n")[0])
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
@@ -793,83 +669,55 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--process", type=int, metavar="I", help="which this one is, from 0")
     add("--json", metavar="FILE", help="the results")
     add("--plot", metavar="FILE", help="a picture of the tables prefix and methods")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    heeds = {table: {*words.split()} for table, (_, words) in TABLES.items()}
+    given = {name for name in heeds["devices"] if getattr(options, name)}
+    usual = [table for table in TABLES if given <= heeds[table] and table != "peers"]
+    usual = usual[:1] if options.model else usual  # of a model the devices only where named
+    options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
+    for table, name in product(options.tables, sorted(given)):
+        if name not in heeds[table]:
+            parser.error(f"--{name.replace('_', '-')} is not used by the table {table}")
+    return options
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
-    return int(text)
-
-
-def tables_of(options: Options) -> list[str]:
-    """The tables that are asked for, or all that heed every option given."""
-    given = {name: uses.split() for name, uses in USED_BY.items() if getattr(options, name)}
-    asked = [*(options.tables or []), *["peers"] * options.peers]
-    for name, table in product(given, asked):
-        if table not in given[name]:
-            raise Refused(f"--{name.replace('_', '-')} is not used by the table {table}")
-    fit = [t for t in TABLES if t != "peers" and all(t in uses for uses in given.values())]
-    usual = fit[:1] if options.model else fit  # of a model the devices only where named
-    return list(dict.fromkeys([*(options.tables or usual), *asked]))
-
-
-def refuse(options: Options, tables: Sequence[str]) -> None:
+def refuse(options: Options) -> None:
     """Refuses what does not go together, before anything is measured."""
-    by_hand = [options.coordinator, options.processes, options.process]
-    count, own, counts = options.processes or 1, options.process or 0, options.devices or []
-    port = re.fullmatch(r".+:(\d+)", options.coordinator or "_:1")
-    files = {"--json": options.json, "--plot": options.plot}
-    files = {option: file for option, file in files.items() if file is not None}
-    joins, model = options.cluster or options.coordinator, options.model
-    mlp_only = options.sizes or options.batch or options.dtype != "float32"
-    drawn_tables = {"prefix", "methods"} & set(tables)
+    model, counts = options.model, options.devices or []
+    hand = options.coordinator, options.processes, options.process
+    address = re.fullmatch(r".+:(\d{1,5})", options.coordinator or "")
+    whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
+    pictured = {"prefix", "methods"}.intersection(options.tables)
+    files = [file for file in (options.json, options.plot) if file is not None]
     refusals = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
-        "--coordinator, --processes and --process go together": 0 < by_hand.count(None) < 3,
-        "--cluster finds what --coordinator names: one of them": options.cluster and by_hand[0],
-        "--compile-only joins no cluster": options.compile_only and joins,
-        "--compile-only measures no rounds": options.compile_only and options.rounds,
-        f"--process must be in 0 .. {count - 1}, got {own}": not 0 <= own < count,
-        f"--coordinator must be HOST:PORT, got {options.coordinator!r}": not (
-            port and 0 < int(port[1]) < 2**16
-        ),
+        "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together, "
+        "without --cluster": hand.count(None) < 3 and (options.cluster or not whole),
+        "--compile-only joins no cluster and measures no rounds": options.compile_only
+        and (options.cluster or options.coordinator or options.rounds),
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
-        "--model brings its own sizes, batch and dtype": model and mlp_only,
+        "--model brings its own sizes, batch and dtype": model
+        and (options.sizes or options.batch or options.dtype != "float32"),
         "--model needs --train or --freeze": model and not (options.train or options.freeze),
-        "--plot draws the tables prefix and methods": options.plot and not drawn_tables,
-        "--json and --plot name the same file": len(files) > len({*map(beside, files.values())}),
+        "--plot draws the tables prefix and methods": options.plot and not pictured,
+        "--json and --plot name the same file": len({*map(part_of, files)}) < len(files),
     }
     for why, wrong in refusals.items():
         if wrong:
-            raise Refused(why)
-    if "peers" in tables:
-        load_peers()
-    for option, file in files.items():
-        try:
-            with open(beside(file), "w"):
-                os.remove(beside(file))
+            raise Stop(2, f"error: {why}")
+    for file in files:
+        with refusing(f"{file}: cannot be written"):
             if not file or (os.path.exists(file) and not os.path.isfile(file)):
                 raise OSError("it is no regular file")
-        except OSError as error:
-            why = f"{option} {file}: cannot be written: {error.strerror or error}"
-            raise Refused(why) from None
+            open(part_of(file), "xb").close()
+            os.remove(part_of(file))
     if options.plot:
-        try:
-            from matplotlib.backend_bases import FigureCanvasBase
-        except ImportError:
-            raise Refused("--plot needs matplotlib: uv run --with matplotlib bench.py") from None
-        if extension(options.plot) not in FigureCanvasBase.get_supported_filetypes():
-            raise Refused(f"--plot {options.plot}: no kind of picture (try .png)")
+        with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
+            from matplotlib.figure import Figure
 
-
-def beside(file: str) -> str:
-    """What is written first, and takes the place of ``file`` once it is whole."""
-    return f"{os.path.realpath(file)}.{os.getpid()}.part"
-
-
-def extension(file: str) -> str:
-    return os.path.splitext(file)[1].removeprefix(".").lower()
+            Figure().canvas.get_supported_filetypes()[Path(options.plot).suffix[1:].lower()]
+    if "peers" in options.tables:
+        peers()
 
 
 def problems_of(options: Options) -> list[Problem]:
@@ -877,55 +725,35 @@ def problems_of(options: Options) -> list[Problem]:
     turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
     where, chosen = options.train or turned, PROBLEMS
     if options.sizes:
-        chosen = {"mlp": (options.sizes, 64, [f"linear_{len(options.sizes) - 2}"])}
+        chosen = {"mlp": (tuple(options.sizes), 64, [f"linear_{len(options.sizes) - 2}"])}
     problems = [
         mlp(name, sizes, options.batch or batch, where or usual, options.dtype)
         for name, (sizes, batch, usual) in chosen.items()
     ]
-    problems = [load_model(options.model, where)] if options.model else problems
+    if options.model:
+        with refusing(f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"):
+            problems = [load_model(options.model, where)]
     for problem in problems:
-        try:
-            mf.partition(problem.where, problem.shapes()[0])
-        except (ValueError, TypeError, OverflowError) as error:
-            raise Refused(f"{problem.name}: {error}") from None
+        with refusing(problem.name):
+            mf.partition(problem.where, drawn(problem.make, 1, True)[0])
     return problems
 
 
 def load_model(spec: str, where: mf.Where) -> Problem:
-    """The problem in FILE.py:NAME, where NAME() gives (loss_fn, params, batch)."""
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not name:
-        raise Refused(f"--model {spec}: name it FILE.py:NAME")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
-    try:
-        loss, params, batch = getattr(module_of(file, "bench_model"), name)()
-        params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
-        jax.eval_shape(jax.grad(loss), params, *batch)
-    except OSError as error:
-        raise Refused(f"--model {spec}: {error}") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise Refused(f"--model {spec}: it must return (loss_fn, params, batch): {why}") from None
+    file, name = spec.rsplit(":", 1)
+    sys.path.insert(0, str(Path(file).parent.resolve()))
+    loss, params, batch = runpy.run_path(file)[name]()
+    params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
+    jax.eval_shape(jax.grad(loss), params, *batch)
+    rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
 
-    def make(devices: int) -> Data:
-        def again(leaf: jax.Array) -> jax.Array:  # a random key serves all devices
-            column = leaf.shape[:1] == (rows_in(batch),)
-            return jnp.concatenate([leaf] * devices) if column else leaf
+    def again(devices: int, leaf: jax.Array) -> jax.Array:  # a random key serves all devices
+        return jnp.concatenate([leaf] * devices) if leaf.shape[:1] == (rows,) else leaf
 
-        return params, jax.tree.map(again, batch)
+    def make(devices: int) -> tuple[Tree, tuple[Tree, ...]]:
+        return params, jax.tree.map(partial(again, devices), batch)
 
-    return Problem(os.path.basename(file).removesuffix(".py"), where, loss, make)
-
-
-def module_of(file: str, name: str) -> Any:
-    found: Any = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # where a dataclass looks for its module
-    found.loader.exec_module(module)
-    return module
-
-
-# ----------------------------------------------------------------------------- the cluster
+    return Problem(Path(file).stem, where, loss, make, batch=rows)
 
 
 def set_up(options: Options) -> list[Problem]:
@@ -938,19 +766,26 @@ def set_up(options: Options) -> list[Problem]:
         config.update("jax_num_cpu_devices", max(options.devices))
     if options.cluster or options.coordinator:
         join_cluster(options)
-    refusal, problems = None, list[Problem]()
+    problems, refusal, processes = list[Problem](), "", jax.process_count()
     try:
         problems = problems_of(options)
-        devices, processes = jax.devices(), jax.process_count()
         for count in options.devices or []:
-            if count > len(devices):
-                hint = "" if processes > 1 else "; --compile-only simulates more"
-                raise Refused(f"--devices {count}: there are {len(devices)}, {devices}{hint}")
-            if count != 1 and count % processes:
-                raise Refused(f"--devices {count}: {processes} processes cannot give as many each")
-    except Refused as error:
-        refusal = error
-    heed_the_others(options, refusal)
+            if count > jax.device_count() or (count > 1 and count % processes):
+                there = f"there are {jax.device_count()} in {processes} processes, {jax.devices()}"
+                raise Stop(2, f"error: --devices {count}: {there}; --compile-only simulates more")
+    except Stop as stop:
+        refusal = stop.args[1]
+    # All end where one refuses, or was given other options than process 0.
+    own = ("json", "plot", "process")
+    given = [f"--{name} {value}" for name, value in vars(options).items() if name not in own]
+    told = np.frombuffer(json.dumps([refusal, *given]).ljust(2**14).encode(), np.uint8)
+    texts = multihost_utils.process_allgather(told).reshape(processes, -1)
+    everyone = [json.loads(text.tobytes()) for text in texts]
+    for (i, theirs), j in product(enumerate(everyone), range(len(everyone[0]))):
+        if theirs[j] != everyone[0][j]:
+            raise Stop(2, f"error: process {i}: {theirs[j]!r}; process 0: {everyone[0][j]!r}")
+    if refusal:
+        raise Stop(2, refusal)
     return problems
 
 
@@ -960,61 +795,52 @@ def join_cluster(options: Options) -> None:
     It ends this process itself, by a C++ stack, where others do not come within JOIN_S, come
     twice, or die: that cannot be caught.
     """
-    if options.process:
-        await_answer(options.coordinator)
+    host, _, port = (options.coordinator or "").rpartition(":")
+    end = time.monotonic() + JOIN_S
+    while options.process:  # JAX would end it so where there is no process 0, too
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+            break
+        if time.monotonic() > end:
+            raise Stop(1, f"no answer from {options.coordinator} in {JOIN_S} s")
+        time.sleep(0.1)
     config.update("jax_cpu_collectives_implementation", "gloo")
     named = options.coordinator, options.processes, options.process
-    try:
+    with refusing("--cluster: none found, --coordinator names one"):
         jax.distributed.initialize(*named, initialization_timeout=JOIN_S)
-    except ValueError as error:
-        raise Refused(f"--cluster: none found, --coordinator names one: {error}") from None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, for checkpoints
-    if jax.process_index() != 0:
-        os.dup2(2, 1)  # gloo greets on stdout, where process 0 alone prints
-
-
-def await_answer(coordinator: str) -> None:
-    """Waits until the coordinator is there: JAX would abort with a C++ stack, not its name."""
-    host, _, port = coordinator.rpartition(":")
-    end = time.monotonic() + JOIN_S
-    while True:
-        try:
-            return socket.create_connection((host, int(port)), timeout=JOIN_S).close()
-        except OSError as error:
-            if time.monotonic() > end:
-                raise Broken(f"no answer from {coordinator} in {JOIN_S} s: {error}") from None
-            time.sleep(0.1)
-
-
-def heed_the_others(options: Options, refusal: Refused | None) -> None:
-    """Refuses, in every process, options that differ from process 0's and what one refuses."""
-    names = [name for name in vars(options) if name not in ("json", "plot", "process")]
-    sums = [zlib.crc32(repr(vars(options)[name]).encode()) for name in names]
-    mine = np.array([refusal is not None, *sums], np.uint32)
-    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine))
-    for (i, theirs), (j, name) in product(enumerate(everyone), enumerate(names, 1)):
-        if theirs[j] != everyone[0][j]:
-            option = "--" + name.replace("_", "-")
-            raise Refused(f"process {i} was given another {option} than process 0")
-    if everyone[:, 0].any():
-        raise refusal or Refused(f"process {everyone[:, 0].argmax()} refuses")
+    if jax.process_index() != 0:  # process 0 alone prints and writes
+        options.json = options.plot = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # ------------------------------------------------------------------------- presentation
+
+MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
+memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
+LINE = "{:14}  {:27}  {:>8}  {:>7}  {:>8}  {:>7}  {:>7}  {:>8}"
+TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
 
 
 def quantity(value: float | None, unit: str) -> str:
     """Three digits with a prefix, nothing for None.
 
-    >>> quantity(0.0012345, "s"), quantity(82, "B"), quantity(1.885e9, ""), quantity(None, "s")
-    ('1.23 ms', '82 B', '1.89 G', '')
+    >>> quantity(0.0012345, "s"), quantity(82, "B"), quantity(999.9, "B"), quantity(None, "s")
+    ('1.23 ms', '82.0 B', '1.00 kB', '')
     """
     if value is None:
         return ""
-    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 999.9 is 1.00 k
-    digits = 0 if isinstance(value, int) and value < 1000 else 2 - exponent % 3
-    prefix = ("f", "p", "n", "µ", "m", "", "k", "M", "G", "T", "P")[exponent // 3 + 5]
-    return f"{value / 1000 ** (exponent // 3):.{digits}f} {prefix}{unit}".rstrip()
+    power = int(f"{value:.2e}".partition("e")[2]) // 3  # of the rounded value
+    digits = f"{value / 1000**power:#.3g}".rstrip(".")
+    return f"{digits} {' kMGTPfpnµm'[power].strip()}{unit}".rstrip()
+
+
+def about(problem: Problem) -> str:
+    """What is trained, on what."""
+    if problem.sizes:
+        rows = f"batch {problem.batch}, trains {problem.where}"
+        return f"{problem.name}: {list(problem.sizes)}, {rows}"
+    trainable, frozen = mf.partition(problem.where, drawn(problem.make, 1, True)[0])
+    return f"{problem.name}:\n{mf.summary(trainable=trainable, frozen=frozen)}"
 
 
 def label(row: Row) -> str:
@@ -1024,45 +850,27 @@ def label(row: Row) -> str:
     return ", ".join(filter(None, (row.method, *special)))
 
 
-COLUMNS: dict[str, tuple[int, Callable[[Row], str]]] = {  # widths, to the left if negative
-    "problem": (-14, lambda row: row.problem + f" on {row.devices}" * (row.table == "devices")),
-    "method": (-27, label),
-    "step": (8, lambda row: quantity(row.step_s, "s")),
-    "vs all": (7, lambda row: "" if row.vs_all is None else f"{row.vs_all:.3f}x"),
-    "of limit": (8, lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.0%}"),
-    "rows/s": (7, lambda row: quantity(row.rows_per_s, "")),
-    "FLOPs": (7, lambda row: quantity(row.flops, "")),
-    "memory": (8, lambda row: quantity(row.memory_bytes, "B")),
-}
-MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
-memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
+def lines(row: Row) -> str:
+    """A row under ``TITLES``, and below it what it has no columns for."""
+    where = row.problem + f" on {row.devices}" * (row.table == "devices")
+    ratio = f"{row.vs_all:.3f}x" if row.vs_all else ""
+    share = f"{row.roofline_share:.0%}" if row.roofline_share else ""
+    step, rate = quantity(row.step_s, "s"), quantity(row.rows_per_s, "")
+    flops, memory = quantity(row.flops, ""), quantity(row.memory_bytes, "B")
+    cells = LINE.format(where, label(row), step, ratio, share, rate, flops, memory)
+    return "\n    ".join((cells.rstrip(), *notes(row)))
 
 
-def say(text: str) -> None:
-    if jax.process_index() == 0:
-        try:
-            print(text, flush=True)
-        except OSError as error:  # `| head`, a full device
-            raise Broken(f"stdout is gone: {error.strerror}") from None
-
-
-def say_cells(cells: Sequence[str]) -> None:
-    """Cells under each other on the screen, widths known before the rows are."""
-    pairs = zip(cells, (width for width, _ in COLUMNS.values()))
-    say("  ".join(c.ljust(-w) if w < 0 else c.rjust(w) for c, w in pairs).rstrip())
-
-
-def details(row: Row) -> Iterator[str]:
-    """What a row has no columns for."""
+def notes(row: Row) -> Iterator[str]:
     if row.once_s:
         paid = f"paid after {row.break_even:.2g} epochs" if row.break_even else "never paid"
-        kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio or 0:.1f}x its own)"
+        kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio:.1f}x its own)"
         yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
     if row.devices > 1:
-        kind = f"{row.platform}, simulated" if row.simulated else row.platform
-        pace = f"; each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
         results, sent = (quantity(n, "B") for n in (row.collective_bytes, row.sent_bytes))
-        yield f"{kind}: collectives' results {results}, sent by each in a ring {sent}{pace}"
+        pace = f", each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
+        simulated = "simulated: " * row.simulated
+        yield f"{simulated}collectives' results {results}, sent by each in a ring {sent}{pace}"
     if row.remark:
         yield row.remark
 
@@ -1072,34 +880,28 @@ def answers(rows: Sequence[Row]) -> list[str]:
     said, last = dict[str, list[str]](), {row.table: row.problem for row in rows}
     for row in rows:
         usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
-        told = row.table in ("methods", "run") or row.devices > 1
-        if usual and told and row.problem == last[row.table]:
-            about, parts = row.problem + ", adam" * (row.optimizer == "adam"), [row.method]
-            ratio = f" ({1 / row.vs_all:.1f}x)" if row.vs_all and row.method != "all" else ""
-            if row.table == "devices":
-                about += f" on {row.devices} devices, {row.layout}"
-                parts.append(f"sends {quantity(row.sent_bytes, 'B')} a step")
-            else:
-                held = f", {quantity(row.memory_bytes, 'B')}" * (row.table == "methods")
-                parts.append(quantity(row.step_s, "s") + ratio + held)
-                parts += [f", {text}" for text in details(row) if row.once_s]
-            said.setdefault(about, []).append(" ".join(parts).replace(" ,", ","))
-    return [f"{about}: {' | '.join(texts)}" for about, texts in said.items()][:3]
+        if usual and row.table in ("methods", "run", "devices") and row.problem == last[row.table]:
+            what = row.problem + f" on {row.devices} devices" * (row.table == "devices")
+            ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
+            step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
+            facts = [step, quantity(row.memory_bytes, "B"), *notes(row)]
+            said.setdefault(f"{what}, {row.layout or row.optimizer}", []).append(
+                ", ".join(filter(None, facts))
+            )
+    return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 
 
 def card(options: Options) -> dict[str, Any]:
     """What the figures depend on."""
-    device, rates = jax.devices()[0], list[float | None]([None, None])
+    device, rates = jax.devices()[0], [None, None]
     if not options.compile_only:
-        for i, probe in enumerate(probes(options.dtype)):
-            rates[i] = probe.rows / min(seconds(probe, 3) / 3 for _ in range(3))
+        time_in_rounds(probes(options.dtype), 3)
+        rates = [probe.batch / min(probe.samples) for probe in probes(options.dtype)]
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        cpu = "".join(re.findall(r"model name\s*: (.+)", file.read())[:1]) or cpu
+    with contextlib.suppress(OSError):
+        (cpu,) = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[:1] or [cpu]
     return {
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "numpy": np.__version__,
+        **{module.__name__: module.__version__ for module in (jax, jaxlib, np)},
         "python": platform.python_version(),
         "platform": device.platform,
         "device_kind": device.device_kind,
@@ -1113,125 +915,87 @@ def card(options: Options) -> dict[str, Any]:
     }
 
 
-def card_text(card: dict[str, Any]) -> str:
-    """What a run ran on, in a line."""
-    text = "jax {jax}, jaxlib {jaxlib}, numpy {numpy}, Python {python}; {device_count} x "
-    text = (text + "{device_kind} ({platform}); {cpu}; {date}; {dtype}").format(**card)
-    if card["peak_flops"]:
-        text += f" products at {quantity(card['peak_flops'], 'FLOP/s')}"
-        text += f", memory at {quantity(card['peak_bytes_per_s'], 'B/s')}"
-    return text
+def part_of(file: str) -> str:
+    """What is written first, and takes the place of ``file`` once it is whole."""
+    return f"{os.path.realpath(file)}.{os.getpid()}.part"
 
 
-def write(options: Options, card: dict[str, Any], rows: Sequence[Row], ended: str) -> list[str]:
-    """Writes the files that are asked for, each in one piece, if there is something to write."""
-    if jax.process_index() != 0 or not rows:
-        return []
-    written = []
+def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
+    """Writes the files that are asked for, each in one piece."""
     if options.json:
-        results = {"card": card, "complete": ended == "complete", "ended": ended}
-        text = json.dumps({**results, "rows": list(map(dataclasses.asdict, rows))}, indent=1)
-        with open(beside(options.json), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        written.append(options.json)
-    if options.plot and any(row.step_s for row in rows):
-        draw(rows, beside(options.plot), extension(options.plot))
-        written.append(options.plot)
-    for file in written:
-        os.replace(beside(file), os.path.realpath(file))
-    return written
+        results = {"card": facts, "complete": ended == "complete", "ended": ended}
+        results["rows"] = [row.figures() for row in rows]
+        with open(part_of(options.json), "w", encoding="utf-8") as file:
+            file.write(json.dumps(results, indent=1) + "\n")
+        os.replace(part_of(options.json), os.path.realpath(options.json))
+    if options.plot and any(row.step_s for row in rows if row.table in ("prefix", "methods")):
+        draw([row for row in rows if row.step_s], part_of(options.plot), Path(options.plot).suffix)
+        os.replace(part_of(options.plot), os.path.realpath(options.plot))
 
 
-def draw(rows: Sequence[Row], target: str, kind: str) -> None:
+def draw(rows: Sequence[Row], file: str, suffix: str) -> None:
     """Draws time against frozen layers, a line a method, and the last problem's methods."""
     from matplotlib.figure import Figure
 
-    colors = dict(zip(WAYS, ("#777777", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#e69f00")))
-    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    timed = [row for row in rows if row.step_s and row.optimizer == rows[0].optimizer]
     for way in ("partition", "hoist"):
-        prefix = [row for row in timed if row.table == "prefix" and row.method in ("all", way)]
-        frozen = [int(row.problem.split()[-2]) for row in prefix]  # "deep, 3 frozen"
-        steps = [1e3 * (row.step_s or 0) for row in prefix]
-        left.plot(frozen, steps, "o-", color=colors[way], label=way)
-    methods = [row for row in timed if row.table == "methods"]
+        prefix = [row for row in rows if row.table == "prefix" and row.method in ("all", way)]
+        left.plot([1e3 * row.step_s for row in prefix], "o-", label=way)
+    left.set(title="ms a step, by layers frozen from the first", xticks=range(len(prefix)))
+    left.legend()
+    methods = [row for row in rows if row.table == "methods"]
     methods = [row for row in methods if row.problem == methods[-1].problem]
-    places = {way: i for i, way in enumerate(dict.fromkeys(row.method for row in methods))}
-    for clip, aside, hatch, name in (False, -0.2, "", "plain"), (True, 0.2, "////", "clipped"):
-        chosen = [row for row in methods if row.clip == clip]
-        x = [places[row.method] + aside for row in chosen]
-        height = [1e3 * (row.step_s or 0) for row in chosen]
-        style = {"color": [colors[row.method] for row in chosen], "hatch": hatch, "label": name}
-        bars = right.bar(x, height, 0.38, edgecolor="white", **style)
-        right.bar_label(bars, fmt="{:.3g}", fontsize=8)
-    right.set_xticks(range(len(places)), [way.replace(", ", ",\n") for way in places], fontsize=8)
-    left.set_xticks(range(len(frozen)))
-    left.set(title="frozen, layer by layer", xlabel="layers frozen, from the first")
-    right.set(title=", ".join({row.problem for row in methods}))
-    for axis in (axis for axis in (left, right) if axis.has_data()):
-        axis.set(yscale="log", ylabel="ms a step")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    figure.savefig(target, dpi=200, format=kind)
+    bars = right.barh([label(row) for row in methods], [1e3 * row.step_s for row in methods])
+    right.bar_label(bars, fmt="{:.3g}")
+    right.set(title="ms a step, by method")
+    right.margins(x=0.15)
+    right.invert_yaxis()
+    figure.savefig(file, dpi=200, format=suffix[1:].lower())
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process: at once where Python, or JAX's farewell to a cluster, could hang."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        if code in (0, 2) or (code == 1 and not jax.distributed.is_initialized()):
-            raise SystemExit(code)
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
+def main(argv: Sequence[str] | None = None) -> None:
     options, facts, rows = Options(json=None, plot=None), dict[str, Any](), list[Row]()
-    code, ended = 0, "complete"
+    code, ended, say = 0, "complete", partial(print, flush=True)
     try:
         options = parse(argv)
-        tables = tables_of(options)
-        refuse(options, tables)
-        options.rounds, options.peers = options.rounds or 7, "peers" in tables
+        refuse(options)
         problems = set_up(options)
         facts = card(options)
-        say(card_text(facts))
-        for problem in problems if options.model else []:
-            trainable, frozen = mf.partition(problem.where, problem.shapes()[0])
-            say(f"\n{problem.name}\n{mf.summary(trainable=trainable, frozen=frozen)}")
-        for table in tables:
-            say(f"\n{table}: {TABLES[table][0]}")
-            for problem in problems if table != "run" else []:
-                if problem.sizes:
-                    what = f"batch {problem.batch}, trains {problem.where}"
-                    say(f"{problem.name}: {list(problem.sizes)}, {what}")
-            say(MEANS)
-            say_cells(list(COLUMNS))
-            for row in TABLES[table][1](options, problems):
-                if isinstance(row, Row):
-                    rows.append(row)
-                    say_cells([cell(row) for _, cell in COLUMNS.values()])
-                for text in details(row) if isinstance(row, Row) else (row,):
-                    say(f"    {text}")
-    except Refused as error:
-        code, ended = 2, f"error: {error}"
+        short = {k: quantity(v, "") if isinstance(v, float) else v for k, v in facts.items()}
+        say(*(f"{key} {value}" for key, value in short.items()), sep=", ")
+        for table in options.tables:
+            make, _ = TABLES[table]
+            say(f"\n{table}: {make.__doc__}", *map(about, problems), MEANS, TITLES, sep="\n")
+            for group in make(options, problems):
+                measure(group, options)
+                rows += [row for row in group if row.table]
+                note_comparisons([row for row in rows if row.table == table])
+                say(*(lines(row) for row in group if row.table), sep="\n")
+    except Stop as stop:
+        code, ended = stop.args
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
+    except OSError as error:  # stdout is gone: `| head`, a full device
+        code, ended = 1, str(error)
     except Exception as error:
-        code, ended = 1, str(error) if isinstance(error, Broken) else repr(error)
-        if not isinstance(error, Broken) and jax.process_count() == 1:
+        code, ended = 1, repr(error)
+        if jax.process_count() == 1:
+            sys.excepthook(*sys.exc_info())
+    try:
+        if rows:
             write(options, facts, rows, ended)
-            raise
-    written = write(options, facts, rows, ended)
+        for text in answers(rows):
+            say(text)
+    except OSError as error:
+        code, ended = code or 1, str(error)
     if code:
-        print(f"bench.py: {ended}", file=sys.stderr)
-    with contextlib.suppress(Broken):
-        for line in [*(f"written: {file}" for file in written), *answers(rows)]:
-            say(line)
-    leave(code)
+        say(f"bench.py: {ended}", file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.kill()
+    if code in (0, 2):
+        sys.exit(code)
+    os._exit(code)  # Python's end, or JAX's farewell to a cluster, could hang
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -245,36 +245,34 @@ FORMS: dict[str, Callable[..., Peer]] = {  # the row's name; clipped where it sa
 GROUPS = {"optax, clip inside": "sgd, clipped", "optax, clip outside": "sgd, clipped over all"}
 
 
-def table(bench: Any, options: Any, problem: Any) -> Iterator[Any]:
-    """The rows of one problem, ours first; and a line for each form that is not to be had."""
+def rows(bench: Any, problem: Any) -> list[Any]:
+    """The rows of one problem, ours first; a form that is not to be had says why."""
     params, batch = bench.drawn(problem.make)
-    rows = [
-        bench.Row("peers", problem.name, way, clip)
+    ours = [
+        bench.Row("peers", problem.name, way, clip, make=partial(bench.prepare, problem))
         for clip in (False, True)
         for way in ("all", "partition")
     ]
-    built: dict[str, Peer] = {}
-    for name, build in FORMS.items():
-        try:
-            built[name] = build(problem, params, batch, bench.SGD_RATE, bench.CLIP)
-        except (ImportError, AttributeError, TypeError) as error:
-            yield f"{name} is left out: {error}"
-        else:
-            rows.append(bench.Row("peers", problem.name, name, name in GROUPS))
 
-    def make(row: Any) -> Any:
-        if row.method not in built:
-            return bench.prepare(problem, row)
-        peer = built[row.method]
+    def make(peer: Peer, row: Any) -> None:
         row.flops_min = bench.least_flops(problem, "partition")
-        row.trainable_bytes, row.bytes_min = rows[1].trainable_bytes, rows[1].bytes_min
+        row.trainable_bytes, row.bytes_min = ours[1].trainable_bytes, ours[1].bytes_min
         jitted = peer.jitted or peer.step
         if hasattr(jitted, "lower"):  # not nnx.jit before flax 0.11
             bench.note_program(row, jitted, peer.fresh(), *peer.args)
-        run, group = partial(bench.repeat, peer.step, peer.args), GROUPS.get(row.method, "sgd")
-        return bench.Case(row, run, peer.fresh, peer.read, group, rows=bench.rows_in(batch))
+        row.run, row.batch = partial(bench.repeat, peer.step, peer.args), problem.batch
+        row.fresh, row.read = peer.fresh, peer.read
+        row.group = GROUPS.get(row.method, "sgd")
 
-    yield from bench.measure(options, rows, make)
+    theirs = []
+    for name, build in FORMS.items():
+        row = bench.Row("peers", problem.name, name, name in GROUPS)
+        try:
+            row.make = partial(make, build(problem, params, batch, bench.SGD_RATE, bench.CLIP))
+        except (ImportError, AttributeError, TypeError) as error:
+            row.remark = f"left out: {error}"
+        theirs.append(row)
+    return ours + theirs
 
 
 def run(bench: Any, problem: Any, batches: Any) -> dict[str, Any]:
@@ -286,9 +284,11 @@ def run(bench: Any, problem: Any, batches: Any) -> dict[str, Any]:
     except (ImportError, AttributeError):  # the table of peers says so
         return {}
 
-    def make(row: Any) -> Any:
-        case = bench.prepare_run(step, trainable, frozen, batches, row)
-        case.read = read
-        return case
+    def scan(trainable: Any, frozen: Any, *batches: Any) -> Any:
+        return jax.lax.scan(lambda state, batch: step(state, frozen, *batch), trainable, batches)
 
-    return dict.fromkeys(("haiku loop", "haiku scan"), make)
+    def make(step: Any, row: Any) -> None:
+        bench.prepare_run(trainable, frozen, batches, step, row)
+        row.read = read
+
+    return {"haiku loop": partial(make, step), "haiku scan": partial(make, scan)}
