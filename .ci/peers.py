@@ -186,13 +186,17 @@ def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: s
             (rest, *batch),
             lambda train: read(nnx.merge(graphdef, train, rest)),
         )
-    modes = {"graph": True, "graph_updates": True}  # what cached_partial works in, where it asks
-    known = inspect.signature(nnx.jit).parameters
-    modes = {name: mode for name, mode in modes.items() if name in known}
-    jitted = nnx.jit(update, donate_argnums=0, **modes)
+
+    def modes(function: Any) -> dict[str, bool]:
+        """What cached_partial works in, where this version of Flax asks."""
+        return dict.fromkeys(
+            {"graph", "graph_updates"} & {*inspect.signature(function).parameters}, True
+        )
+
+    jitted = nnx.jit(update, donate_argnums=0, **modes(nnx.jit))
     call = partial(jitted, model)
     if form == "cached_partial":
-        call = nnx.cached_partial(jitted, model, **modes)
+        call = nnx.cached_partial(jitted, model, **modes(nnx.cached_partial))
     start = nnx.state(model)
 
     def fresh() -> Any:
