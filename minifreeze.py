@@ -273,10 +273,10 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
         check(dict(zip(("trainable", "frozen"), specs)), {"trainable": trainable, "frozen": frozen})
         # Without weak types: what was kept may have been stored, and they are spent by now.
-        sides = {"hoist": {"kept": tuple(v.aval for v in keep)}, "the call": {"kept": kept}}
-        _align(sides, (0, 2))
-        leaves = map(jnp.asarray, run_rest(*jax.tree.leaves((trainable, frozen, kept))))
-        return jax.tree.unflatten(jax.tree.structure(out), leaves)
+        _align({"hoist": {"kept": tuple(v.aval for v in keep)}, "the call": {"kept": kept}}, (0, 2))
+        made = run_rest(*jax.tree.leaves((trainable, frozen, kept)))
+        leaves = [jnp.asarray(x if isinstance(x, Array) else jax.device_put(x)) for x in made]
+        return jax.tree.unflatten(jax.tree.structure(out), leaves)  # device_put keeps numbers weak
 
     return once, rest
 
