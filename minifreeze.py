@@ -276,7 +276,7 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
         _align({"hoist": {"kept": tuple(v.aval for v in keep)}, "the call": {"kept": kept}}, (0, 2))
         made = run_rest(*jax.tree.leaves((trainable, frozen, kept)))
         leaves = [jnp.asarray(x if isinstance(x, Array) else jax.device_put(x)) for x in made]
-        return jax.tree.unflatten(jax.tree.structure(out), leaves)  # device_put keeps numbers weak
+        return jax.tree.unflatten(jax.tree.structure(out), leaves)  # device_put: weak on 0.7.2 too
 
     return once, rest
 
