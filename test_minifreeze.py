@@ -33,6 +33,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -79,6 +80,15 @@ class Peer:
 eqx, flax, hk, optax = Peer("equinox"), Peer("flax"), Peer("haiku"), Peer("optax")
 nn, nnx, ocp = Peer("flax.linen"), Peer("flax.nnx"), Peer("orbax.checkpoint")
 figure, image = Peer("matplotlib.figure"), Peer("matplotlib.image")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Optimising takes longer than all else: only where bits or costs are compared."""
+    slowly = re.search("bench|bit_for_bit|flops", request.node.name)
+    jax.config.update("jax_disable_most_optimizations", not slowly)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -777,14 +787,11 @@ def test_what_is_above_the_banner_works_without_what_is_below(tmp_path, monkeypa
     assert result.attempted >= len(names)
 
 
-def test_the_examples_in_the_docstrings():
+def test_the_examples_in_the_docstrings_of_what_is_public_in_the_order_of_the_file():
     result = doctest.testmod(mf)
     assert result.failed == 0
     assert result.attempted >= len(mf.__all__)
     assert all(getattr(mf, name).__doc__ for name in mf.__all__)
-
-
-def test_all_names_what_is_public_in_the_order_of_the_file():
     text = (HERE / "minifreeze.py").read_text()
     public = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", text, re.MULTILINE)
     assert public == [*mf.__all__, "main"]
@@ -797,11 +804,9 @@ HOLE = mf.Hole()
 BAD_INPUT = """
 mf.partition("ab", {"xy": 1, "ac": 2})  # ValueError: pattern 'ab' matches none of 'ac', 'xy'
 mf.partition("linear", THREE)  # ValueError: 'linear'
-mf.partition(["linear_1", "*/bias"], THREE)  # ValueError: '*/bias'
 mf.partition("*", {})  # ValueError: '*'
 mf.partition("blck", MANY)  # ValueError: ... of 600
 mf.partition([], THREE)  # ValueError: linear_0/b
-mf.mask(["linear_0", "!linear_0"], THREE)  # ValueError: linear_0/b
 mf.partition(lambda path, leaf: False, {"a": 1, "b": 2})
     # ValueError: where takes none of 'a', 'b'; the first is (DictKey(key='a'),)
 mf.partition(None, THREE)  # TypeError: where comes first, a predicate or patterns, not NoneType
@@ -814,7 +819,6 @@ mf.partition(lambda path, leaf: MANY, THREE)  # TypeError: dict
 mf.mask(lambda path, leaf: 1, THREE)  # TypeError: int
 mf.partition(lambda path, leaf: np.array(True), THREE)  # TypeError: ndarray
 mf.mask(lambda path, leaf: leaf.ndim == 1 or None, THREE)  # TypeError: linear_0/w
-mf.partition(lambda path, leaf: 1 / 0, THREE)  # ZeroDivisionError: division by zero
 jax.jit(lambda p: mf.mask(lambda path, leaf: leaf > 0, p))(t)  # TypeError: linear_1/b
 jax.jit(lambda p: mf.mask(lambda path, leaf: bool(leaf[0] > 0), p))(t)
     # TracerBoolConversionError: traced array
@@ -845,7 +849,6 @@ mf.warm_start(MANY, of(MANY, int))  # ValueError: ... of 600
 mf.warm_start({"f": len}, {"f": "text"})  # ValueError: 'f'
 mf.warm_start({"a": 0}, {"b": 7})  # ValueError: no path is in both: new has 'a'; old has 'b'
 mf.warm_start(MANY, {"params": MANY})  # ValueError: ... of 600
-mf.warm_start(t, {"params": t})  # ValueError: params/linear_1/b
 mf.warm_start(optax.chain(optax.clip(1), optax.adam(1)).init(t), optax.adam(1).init(t))
     # ValueError: 1/0/mu/linear_1/b
 mf.warm_start({"b": 0}, {"b": Twins(1, 2), "c": 3})
@@ -930,8 +933,6 @@ def test_main_refuses_bad_arguments(argv, word, capsys, tmp_path, monkeypatch):
 # input, a constant or an earlier step's value, of whatever kind: the operation makes of it what it
 # needs. Thresholds are odd numbers, for another order of rounding must not turn a comparison.
 
-# Compiling takes longer than anything that the tests compute.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TABLE = np.linspace(-1, 1, 100, dtype=np.float32).reshape(10, 10)  # closed over: a weight
 
 
@@ -1108,7 +1109,7 @@ def test_property_hoist_of_random_programs(seed, steps, way, shapes_only):
         args = stacked if way == "vmap" else (*args[:2], stacked[2], args[3])
     if way == "vmap":
         split, direct = jax.vmap(split, axes), jax.vmap(direct, axes)
-    alike((split if way == "eager" else quick_jit(split))(*args), quick_jit(direct)(*args))
+    alike((split if way == "eager" else jax.jit(split))(*args), jax.jit(direct)(*args))
 
 
 # ------------------------------------------------------------- hoist, law by law
@@ -1289,7 +1290,7 @@ def test_hoist_and_a_dropout_key_in_the_batch_or_beside_what_trains(style):
     once, rest = mf.hoist(lambda t, body, x: fn(t[0], body, x, t[1]), *args)
     kept = once(body, x)
     assert [leaf.shape for leaf in kept] == [(4, 6)]
-    gradient = quick_jit(jax.grad(lambda head, key: rest((head, key), body, kept)))
+    gradient = jax.jit(jax.grad(lambda head, key: rest((head, key), body, kept)))
     want = [jax.grad(fn)(head, body, x, style(i)) for i in (2, 3)]
     close([gradient(head, style(i)) for i in (2, 3)], want)
     assert not same(*want)
@@ -1380,7 +1381,7 @@ def test_init_and_apply_are_haikus_bit_for_bit(dtype):
 def test_ten_thousand_steps_are_haikus_bit_for_bit():
     network = haiku_mlp([300, 100, 10])
     xs, ys = mf.dataset(jax.random.key(1), 10_000, batch_size=4)
-    params = quick_jit(lambda key: mf.init(key, [1, 300, 100, 10]))(jax.random.key(42))
+    params = jax.jit(lambda key: mf.init(key, [1, 300, 100, 10]))(jax.random.key(42))
     split, join = hk.data_structures.partition, hk.data_structures.merge
     theirs, still = split(lambda layer, *_: layer != "mlp/~/linear_1", renamed(params))
 
@@ -1425,7 +1426,7 @@ def all_gradients(params):
     return gradient(*mf.partition("*", params))
 
 
-def steps_with(optimizer, params, gradient, count, state=None, jit=quick_jit):
+def steps_with(optimizer, params, gradient, count, state=None):
     """So many steps of an optimizer, in one dispatch: (params, state)."""
 
     def step(carry, _):
@@ -1434,7 +1435,7 @@ def steps_with(optimizer, params, gradient, count, state=None, jit=quick_jit):
         return (optax.apply_updates(params, updates), state), None
 
     state = optimizer.init(params) if state is None else state
-    return jit(lambda carry: jax.lax.scan(step, carry, None, count)[0])((params, state))
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, None, count)[0])((params, state))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -1453,7 +1454,7 @@ def test_gradual_unfreezing_keeps_the_surviving_moments_with_warm_start():
     @jax.jit
     def five_steps(trainable, state, frozen):
         traces.append(1)
-        return steps_with(optimizer, trainable, lambda t: gradient(t, frozen), 5, state, jax.jit)
+        return steps_with(optimizer, trainable, lambda t: gradient(t, frozen), 5, state)
 
     for stage, where in enumerate(["linear_2", "!linear_0", "*", "linear_2"]):
         trainable, frozen = mf.partition(where, params)
@@ -1538,7 +1539,7 @@ def test_a_peers_model_splits_trains_hoists_and_merges(name):
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     once, rest = mf.hoist(loss, trainable, frozen, x, y)
-    kept = quick_jit(once)(frozen, x, y)
+    kept = jax.jit(once)(frozen, x, y)
     assert size_of(kept) <= 4 * 6 * 4 + 2 * 4 * 4  # features, labels, a norm's deviation
 
     def both(parts):
@@ -1547,7 +1548,7 @@ def test_a_peers_model_splits_trains_hoists_and_merges(name):
 
     adamw = optax.adamw(1e-2, weight_decay=0.1)
     after, _ = steps_with(adamw, trainable, lambda t: jax.grad(rest)(t, frozen, kept), 10)
-    hoisted, whole = quick_jit(both)([trainable, after])
+    hoisted, whole = jax.jit(both)([trainable, after])
     close(hoisted, whole)
     assert whole[1][0] < whole[0][0]
     merged = mf.merge(static, frozen, after)
