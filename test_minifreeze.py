@@ -1508,7 +1508,7 @@ def initialised(network):
 
 
 @functools.cache
-def models():
+def peers_models():
     """The tree, its own forward pass, a choice of what trains and the names it must take."""
     mlp = haiku_mlp([6, 6, 5])
     linen = nn.Sequential([nn.Dense(6), nn.LayerNorm(), nn.tanh, nn.Dense(5)])
@@ -1535,7 +1535,7 @@ def models():
     "name", ["haiku", "equinox", "linen", "frozen_dict", "nnx", "named_tuple", "dataclass"]
 )
 def test_a_peers_model_splits_trains_hoists_and_merges(name):
-    model, forward, where, taken = models()[name]
+    model, forward, where, taken = peers_models()[name]
     x, y = net().x, net().y
     arrays, static = mf.partition(lambda path, leaf: isinstance(leaf, jax.Array), model)
     trainable, frozen = mf.partition(where, arrays)
