@@ -804,6 +804,7 @@ HOLE = mf.Hole()
 BAD_INPUT = """
 mf.partition("ab", {"xy": 1, "ac": 2})  # ValueError: pattern 'ab' matches none of 'ac', 'xy'
 mf.partition("linear", THREE)  # ValueError: 'linear'
+mf.partition(["linear_1", "*/bias"], THREE)  # ValueError: '*/bias'
 mf.partition("*", {})  # ValueError: '*'
 mf.partition("blck", MANY)  # ValueError: ... of 600
 mf.partition([], THREE)  # ValueError: linear_0/b
@@ -819,6 +820,7 @@ mf.partition(lambda path, leaf: MANY, THREE)  # TypeError: dict
 mf.mask(lambda path, leaf: 1, THREE)  # TypeError: int
 mf.partition(lambda path, leaf: np.array(True), THREE)  # TypeError: ndarray
 mf.mask(lambda path, leaf: leaf.ndim == 1 or None, THREE)  # TypeError: linear_0/w
+mf.partition(lambda path, leaf: 1 / 0, THREE)  # ZeroDivisionError: division by zero
 jax.jit(lambda p: mf.mask(lambda path, leaf: leaf > 0, p))(t)  # TypeError: linear_1/b
 jax.jit(lambda p: mf.mask(lambda path, leaf: bool(leaf[0] > 0), p))(t)
     # TracerBoolConversionError: traced array
@@ -849,6 +851,7 @@ mf.warm_start(MANY, of(MANY, int))  # ValueError: ... of 600
 mf.warm_start({"f": len}, {"f": "text"})  # ValueError: 'f'
 mf.warm_start({"a": 0}, {"b": 7})  # ValueError: no path is in both: new has 'a'; old has 'b'
 mf.warm_start(MANY, {"params": MANY})  # ValueError: ... of 600
+mf.warm_start(t, {"params": t})  # ValueError: params/linear_1/b
 mf.warm_start(optax.chain(optax.clip(1), optax.adam(1)).init(t), optax.adam(1).init(t))
     # ValueError: 1/0/mu/linear_1/b
 mf.warm_start({"b": 0}, {"b": Twins(1, 2), "c": 3})
