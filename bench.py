@@ -18,16 +18,13 @@ same step are shown to take it first. FLOPs and bytes are the compiled program's
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import gc
 import json
 import math
 import multiprocessing
 import os
 import platform
-import random
 import re
 import runpy
 import signal
@@ -35,10 +32,11 @@ import socket
 import statistics
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from argparse import Namespace as Options
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
-from functools import partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +53,6 @@ from jax.tree_util import keystr, tree_flatten_with_path
 import minifreeze as mf
 
 Tree: TypeAlias = Any
-Options: TypeAlias = argparse.Namespace
 Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
 # jax leaves these without types
 config: Any = jax.config
@@ -110,7 +107,7 @@ def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: str
     return Problem(name, where, loss, make, tuple(sizes), batch)
 
 
-@functools.lru_cache(maxsize=4)  # all that were ever drawn would fill the memory
+@lru_cache(maxsize=4)  # all that were ever drawn would fill the memory
 def drawn(make: Callable[[int], Any], devices: int = 1, abstract: bool = False) -> Any:
     """Parameters and batch, or their shapes alone."""
     return jax.eval_shape(lambda: make(devices)) if abstract else make(devices)
@@ -121,16 +118,11 @@ def drawn(make: Callable[[int], Any], devices: int = 1, abstract: bool = False) 
 WAYS = ["all", "partition", "hoist", "stop_gradient", "mask", "stop_gradient, not donated"]
 
 
-class Way(NamedTuple):
-    """What a step differentiates, what it is given beside that, and the loss of the two."""
+def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...]) -> Any:
+    """(what is differentiated and donated, args, loss(it, *args), what was computed before).
 
-    state: Tree  # donated, and replaced by its update
-    args: tuple[Tree, ...]  # never closed over: XLA would fold them into the program
-    loss: Callable[..., jax.Array]  # loss(state, *args)
-    once: Callable[[], Tree] | None = None  # what was computed before the first step
-
-
-def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...]) -> Way:
+    Nothing is closed over: XLA would fold it into the program.
+    """
     trainable, frozen = mf.partition(problem.where, params)
 
     def of_parts(trainable: Tree, frozen: Tree, *batch: Tree) -> jax.Array:
@@ -141,21 +133,21 @@ def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...])
         return of_parts(trainable, jax.lax.stop_gradient(frozen), *batch)
 
     if method == "partition":  # no frozen gradient is made, and the state is what trains
-        return Way(trainable, (frozen, *batch), of_parts)
+        return trainable, (frozen, *batch), of_parts, None
     if method == "hoist":  # and what no trainable leaf touches is computed once a batch
         once, rest = mf.hoist(of_parts, trainable, frozen, *batch)
         features = partial(jax.jit(once), frozen, *batch)
-        return Way(trainable, (frozen, features()), rest, features)
+        return trainable, (frozen, features()), rest, features
     # All are differentiated: those that are frozen to zeros, or `mask` multiplies them by 0.
-    return Way(params, batch, stopped if method.startswith("stop") else problem.loss)
+    return params, batch, stopped if method.startswith("stop") else problem.loss, None
 
 
-def step_of(row: Row, way: Way, where: mf.Where) -> Step:
+def step_of(row: Row, loss: Callable[..., jax.Array], where: mf.Where) -> Step:
     """The step on ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
 
     def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
         params, moments = state
-        loss, grads = jax.value_and_grad(way.loss)(params, *args)
+        value, grads = jax.value_and_grad(loss)(params, *args)
         if row.method == "mask":
             grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
         if row.clip:  # over all gradients that there are, and so it reads them all
@@ -163,8 +155,8 @@ def step_of(row: Row, way: Way, where: mf.Where) -> Step:
             scale = jnp.minimum(1, CLIP / norm)
             grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
         if row.optimizer == "adam":
-            return adam(params, grads, *moments), loss
-        return (mf.sgd_step(params, grads, SGD_RATE), ()), loss
+            return adam(params, grads, *moments), value
+        return (mf.sgd_step(params, grads, SGD_RATE), ()), value
 
     return step
 
@@ -182,15 +174,9 @@ def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) 
     return jax.tree.map(new, params, mean, square), (mean, square, count)
 
 
-def started(optimizer: str, params: Tree) -> Tree:
+def started(params: Tree, moments: Tree) -> Tree:
     """The state before the first step, in arrays of its own: a step deletes what it is given."""
-
-    def own(make: Callable[[Any], Any]) -> Tree:  # what is simulated is shapes alone, and stays
-        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Shape) else make(leaf), params)
-
-    zeros = partial(jax.tree.map, lambda leaf: jnp.zeros_like(leaf, device=leaf.sharding))
-    moments = (own(zeros), own(zeros), jnp.zeros((), jnp.int32)) if optimizer == "adam" else ()
-    return own(jnp.copy), moments
+    return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, moments)
 
 
 # ---------------------------------------------------------------------------- the figures
@@ -213,11 +199,11 @@ class Row(SimpleNamespace):
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        usual = {"clip": False, "devices": 1, "simulated": False, "optimizer": "sgd"}
-        usual |= {"platform": jax.default_backend(), "make": lambda row: None, "run": None}
-        usual |= {"fresh": lambda: None, "read": lambda state: state, "group": "", "once": None}
-        usual |= {"batch": 1, "steps": SAMPLE_STEPS, "samples": []}
-        super().__init__(**dict.fromkeys(KEYS) | usual | dict(zip(KEYS, values)) | named)
+        usual = dict.fromkeys([*KEYS, "run", "once"]) | {"clip": False, "simulated": False}
+        usual |= {"devices": 1, "platform": jax.default_backend(), "optimizer": "sgd"}
+        usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
+        usual |= {"group": "", "batch": 1, "steps": SAMPLE_STEPS}
+        super().__init__(**usual | dict(zip(KEYS, values)) | named)
 
     def figures(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in KEYS}
@@ -225,11 +211,9 @@ class Row(SimpleNamespace):
 
 def tree_bytes(tree: Tree) -> int:
     """The bytes of its arrays on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        total += math.prod(shape) * leaf.dtype.itemsize
-    return total
+    leaves = jax.tree.leaves(tree)
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    return sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, leaves))
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
@@ -253,16 +237,16 @@ def least_flops(problem: Problem, method: str) -> int | None:
     return total
 
 
-def least_bytes(way: Way, trains: int, moments: int) -> int:
+def least_bytes(loss: Callable[..., Any], state: Tree, args: Tree, update: int) -> int:
     """The least bytes that a step moves: its inputs read once, what changes written once.
 
     Read: the parameters and the batch (of ``hoist``, the features) that the loss uses, and the
     moments. Written: what trains, and its moments. All else may stay in a cache.
     """
-    traced = jax.make_jaxpr(way.loss)(way.state, *way.args).jaxpr
+    traced = jax.make_jaxpr(loss)(state, *args).jaxpr
     used = {id(atom) for eqn in traced.eqns for atom in eqn.invars}
-    given = zip(traced.invars, jax.tree.leaves((way.state, way.args)))
-    return trains + 2 * moments + tree_bytes([leaf for var, leaf in given if id(var) in used])
+    given = zip(traced.invars, jax.tree.leaves((state, args)))
+    return update + tree_bytes([leaf for var, leaf in given if id(var) in used])
 
 
 # An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
@@ -324,8 +308,7 @@ def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -
 def note_comparisons(rows: Sequence[Row]) -> None:
     """Notes when hoist has paid, t_once / (t_partition - t_hoist), and how devices scale."""
     same = ("problem", "clip", "optimizer", "platform")
-    timed = [row for row in rows if row.step_s]
-    for row, base in product(timed, timed):
+    for row, base in product([row for row in rows if row.step_s], repeat=2):
         if all(getattr(row, key) == getattr(base, key) for key in same):
             if base.method == "partition" and row.once_s and base.step_s > row.step_s:
                 row.break_even = row.once_s / (base.step_s - row.step_s)
@@ -336,37 +319,38 @@ def note_comparisons(rows: Sequence[Row]) -> None:
 # ------------------------------------------------------------------------------ the clock
 
 
-def prepare(problem: Problem, row: Row, mesh: Any = None) -> None:
-    """Compiles a method's step, on the rows of ``row.devices``, for the default one or a mesh.
+def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> None:
+    """Compiles a method's step, on the rows of ``row.devices``, for the default one or others.
 
-    A mesh shares out a batch by rows, a ``sharded`` parameter by its first axis that it divides;
-    of one that is simulated the arrays are shapes alone.
+    Those share a batch by rows, a ``sharded`` parameter by its first axis that they divide. Of
+    what is simulated the arrays are shapes alone.
     """
 
     def put(sharded: bool, leaf: Any) -> Any:
         axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
         spec = Spec(*[None] * axes[0], "data") if sharded and axes else Spec()
-        place = NamedSharding(mesh, spec)
+        place = NamedSharding(Mesh(np.array(devices), ("data",)), spec)
         shape = Shape(leaf.shape, leaf.dtype, sharding=place)
         return shape if row.simulated else jax.device_put(leaf, place)
 
     row.batch = problem.batch * row.devices
     params, batch = drawn(problem.make, row.devices, row.simulated)
-    if mesh is not None:
+    count = jnp.zeros((), jnp.int32)
+    if devices:
         params = jax.tree.map(partial(put, row.layout == "sharded"), params)
         batch = jax.tree.map(lambda leaf: put(leaf.shape[:1] == (row.batch,), leaf), batch)
-    way = way_of(row.method, problem, params, batch)
+        count = put(False, count)
+    start, args, loss, once = way_of(row.method, problem, params, batch)
     trains, _ = mf.partition("*" if row.method == "all" else problem.where, params)
     row.flops_min, row.trainable_bytes = least_flops(problem, row.method), tree_bytes(trains)
-    moments = 2 * row.trainable_bytes if row.optimizer == "adam" else 0
-    row.bytes_min = least_bytes(way, row.trainable_bytes, moments)
-    row.fresh = partial(started, row.optimizer, way.state)
-    state = row.fresh()
-    places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    copies = 5 if row.optimizer == "adam" else 1  # what trains, and two moments both ways
+    row.bytes_min = least_bytes(loss, start, args, copies * row.trainable_bytes)
+    state = start, (start, start, count) if row.optimizer == "adam" else ()
+    row.fresh = partial(started, *state)
+    places = (jax.tree.map(lambda leaf: leaf.sharding, state), None) if devices else None
     donated = () if row.method.endswith("not donated") else (0,)
-    step = step_of(row, way, problem.where)
-    step = jax.jit(step, donate_argnums=donated, out_shardings=places)
-    note_program(row, step, state, *way.args)
+    step = jax.jit(step_of(row, loss, problem.where), donate_argnums=donated, out_shardings=places)
+    note_program(row, step, state, *args)
 
     def read(state: Tree) -> Tree:
         # Adam's first step is the gradients' sign, which a rounding turns: take its moment.
@@ -375,10 +359,10 @@ def prepare(problem: Problem, row: Row, mesh: Any = None) -> None:
 
     # Clipped, `all` stands alone: a norm over all is another than one over what trains.
     row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
-    row.run, row.read = None if row.simulated else partial(repeat, step, way.args), read
-    if (once := way.once) is not None:
+    row.run, row.read = None if row.simulated else partial(repeat, step, args), read
+    if once is not None:
         row.once = Row(run=partial(repeat, lambda state: (state, once()), ()))
-        row.kept_bytes = tree_bytes(way.args[1])
+        row.kept_bytes = tree_bytes(args[1])
         row.kept_ratio = row.kept_bytes / tree_bytes(batch)
         if "random_bits" in str(jax.make_jaxpr(once)()):
             row.remark = "what it draws at random is drawn once, and fixed"
@@ -390,10 +374,11 @@ def repeat(step: Step, args: Sequence[Tree], state: Tree, steps: int) -> tuple[T
     return state, loss
 
 
-def attempt(row: Row, work: Callable[..., None], *args: Any) -> None:
-    """Does it; a row that runs out of memory says so, is run no more, and the rest go on."""
+@contextlib.contextmanager
+def outliving(row: Row) -> Iterator[None]:
+    """A row that runs out of memory says so, is run no more, and the rest go on."""
     try:
-        work(row, *args)
+        yield
     except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
         known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
         # The other processes of a cluster would wait for this one in the row's collectives.
@@ -402,24 +387,30 @@ def attempt(row: Row, work: Callable[..., None], *args: Any) -> None:
         row.remark, row.run = "out of memory", None
 
 
-def measure(rows: Sequence[Row], options: Options) -> None:
-    """Makes rows, shows that they agree, and times them in rounds."""
+def measure(rows: Sequence[Row], options: Options) -> list[float | None]:
+    """Makes rows, shows that they agree, and times them in rounds.
+
+    Gives what the device did at most in the meantime, FLOPs and bytes a second.
+    """
     first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
-        attempt(row, row.make)
-        if row.run:
-            attempt(row, check_agreement, first)
-    if any(row.run for row in rows):
-        rates = probes(options.dtype)
-        time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
-        limits = [probe.batch / min(probe.samples) for probe in rates]
-        timed = [row for row in rows if row.run]
-        bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
-        for row in timed:
-            note_times(row, bases.get((row.clip, row.optimizer), []), *limits)
+        with outliving(row):
+            row.make(row)
+            if row.run:
+                check_agreement(row, first)
+    if options.compile_only:
+        return [None, None]
+    rates = probes(options.dtype)
+    time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
+    limits = [probe.batch / min(probe.samples) for probe in rates]
+    timed = [row for row in rows if row.run]
+    bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
+    for row in timed:
+        note_times(row, bases.get((row.clip, row.optimizer), []), *limits)
+    return limits
 
 
-@functools.cache
+@cache
 def probes(dtype: str) -> tuple[Row, Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
@@ -435,29 +426,23 @@ def probes(dtype: str) -> tuple[Row, Row]:
 
 def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
     """Times each row once a round, in a shuffled order that is the same in all processes."""
-    order, shuffle = list(rows), random.Random(0).shuffle
+    order, shuffle = list(rows), np.random.default_rng(0).shuffle
+    for row in order:
+        row.samples = []
     gc.disable()  # it would go through all that JAX has loaded
     try:
-        for find_steps in (True, *[False] * rounds):
+        for _ in range(rounds):
             shuffle(order)
             for row in order:
                 if row.run:
-                    attempt(row, sample, find_steps)
+                    with outliving(row):
+                        sample(row)
     finally:
         gc.enable()
 
 
-def sample(row: Row, find_steps: bool) -> None:
-    if find_steps:
-        row.samples = []
-        while seconds(row) < SAMPLE_S and row.steps < RUN_STEPS:
-            row.steps *= 2
-    else:
-        row.samples.append(seconds(row) / row.steps)
-
-
-def seconds(row: Row) -> float:
-    """The time of a sample, process 0's, for all must take as many steps.
+def sample(row: Row) -> None:
+    """Takes a sample that is long enough: process 0's time, for all must take as many steps.
 
     One untimed step goes before it, and brings back into the caches what others displaced.
     """
@@ -465,7 +450,12 @@ def seconds(row: Row) -> float:
     start = time.perf_counter()
     wait(row.run(state, row.steps))
     took = np.float32(time.perf_counter() - start)
-    return float(multihost_utils.broadcast_one_to_all(took))
+    seconds = float(multihost_utils.broadcast_one_to_all(took))
+    if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
+        row.samples.append(seconds / row.steps)
+    else:
+        row.steps *= 2
+        sample(row)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -523,30 +513,29 @@ def methods_table(options: Options, problems: Sequence[Problem]) -> Rows:
 
 def prefix_table(options: Options, problems: Sequence[Problem]) -> Rows:
     """a step, by how many layers from the first are frozen"""
-    rows, layers = list[Row](), [f"linear_{i}" for i in range(len(problems[-1].sizes) - 1)]
-    for n in range(len(layers)):
-        problem = problems[-1]._replace(where=layers[n:])
-        new = partial(Row, optimizer=options.optimizer or "sgd", make=partial(prepare, problem))
-        for way in ("partition", "hoist") if n else ("all",):
-            rows.append(new("prefix", f"{problem.name}, {n} frozen", way))
+    problem, rows = problems[-1], list[Row]()
+    layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
+    for n, way in [(0, "all"), *product(range(1, len(layers)), ("partition", "hoist"))]:
+        make = partial(prepare, problem._replace(where=layers[n:]))
+        optimizer = options.optimizer or "sgd"
+        rows += [Row("prefix", f"{problem.name}, {n} frozen", way, make=make, optimizer=optimizer)]
     yield rows
 
 
 def devices_table(options: Options, problems: Sequence[Problem]) -> Rows:
     """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
     for devices, problem in product(meshes(options), problems[-2:]):
-        count, kind, mesh = len(devices), devices[0].platform, Mesh(np.array(devices), ("data",))
+        count, kind, optimizer = len(devices), devices[0].platform, options.optimizer or "sgd"
         simulated = bool(options.compile_only) or (kind == "cpu" and count > jax.process_count())
-        new = partial(Row, platform=kind, devices=count, optimizer=options.optimizer or "sgd")
         leaves = jax.tree.leaves(drawn(problem.make, 1, True)[0])
         divides = count > 1 and any(n % count == 0 for leaf in leaves for n in leaf.shape)
+        new = partial(Row, platform=kind, devices=count, simulated=simulated, optimizer=optimizer)
+        new = partial(new, make=partial(prepare, problem, devices=devices))
+        # One device, with as many rows, must take the same step; it is not shown.
+        alone = [] if simulated else [new("", problem.name, "all", make=partial(prepare, problem))]
         for layout in ("replicated", "sharded")[: 1 + divides]:
-            new = partial(new, make=partial(prepare, problem, mesh=mesh), simulated=simulated)
             ways = ("all", "partition")
-            rows = [new("devices", problem.name, way, layout=layout) for way in ways]
-            # One device, with as many rows, must take the same step; it is not shown.
-            alone = new("", problem.name, "all", make=partial(prepare, problem))
-            yield rows if simulated else [alone, *rows]
+            yield alone + [new("devices", problem.name, way, layout=layout) for way in ways]
     if not (options.devices or options.compile_only) and jax.process_count() == 1:
         # In this process simulated devices would disturb all else.
         spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
@@ -590,21 +579,19 @@ def run_table(options: Options, problems: Sequence[Problem]) -> Rows:
 
 
 def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Step, row: Row) -> None:
-    """Makes a step that is called for each batch, or with them all."""
-    one_by_one, jitted = list(zip(*batches)), jax.jit(step, donate_argnums=0)
+    """Makes a step that is called for each batch or, a scan, with them all."""
+    scan, jitted = row.method.endswith("scan"), jax.jit(step, donate_argnums=0)
+    one_by_one = list(zip(*batches))
 
-    def scan(state: Tree, steps: int) -> Any:
-        return jitted(state, frozen, *(column[:steps] for column in batches))
-
-    def loop(state: Tree, steps: int) -> Any:
-        for batch in one_by_one[:steps]:
+    def run(state: Tree, steps: int) -> Any:
+        whole = [column[:steps] for column in batches]
+        for batch in [whole] if scan else one_by_one[:steps]:
             state, loss = jitted(state, frozen, *batch)
         return state, loss
 
-    row.run = scan if row.method.endswith("scan") else loop
-    row.fresh, row.batch = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
-    note_program(row, jitted, state, frozen, *(batches if row.run is scan else one_by_one[0]))
-    row.flops = None if row.run is scan else row.flops  # of a loop XLA counts the body once
+    row.run, row.fresh, row.batch = run, lambda: started(state, ())[0], batches[1].shape[1]
+    note_program(row, jitted, state, frozen, *(batches if scan else one_by_one[0]))
+    row.flops = None if scan else row.flops  # of a loop XLA counts the body once
 
 
 def peers_table(options: Options, problems: Sequence[Problem]) -> Rows:
@@ -618,7 +605,7 @@ def peers() -> Any:
         return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
 
 
-# Each with what it heeds of the options that not all tables heed.
+# Each with what it uses of the options that not all tables use.
 TABLES: dict[str, tuple[Callable[[Options, Sequence[Problem]], Rows], str]] = {
     "methods": (methods_table, "sizes batch train freeze optimizer model"),
     "prefix": (prefix_table, "sizes batch optimizer"),
@@ -642,14 +629,31 @@ def refusing(what: str) -> Iterator[None]:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
+        raise ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
     return int(text)
 
 
+def writable(file: str) -> str:
+    with refusing(f"{file}: cannot be written"):
+        if not file or (os.path.exists(file) and not os.path.isfile(file)):
+            raise OSError("it is no regular file")
+        open(part_of(file), "xb").close()
+        os.remove(part_of(file))
+    return os.path.realpath(file)
+
+
+def picture(file: str) -> str:
+    with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
+        from matplotlib.figure import Figure
+
+        Figure().canvas.get_supported_filetypes()[Path(file).suffix[1:].lower()]
+    return writable(file)
+
+
 def parse(argv: Sequence[str] | None) -> Options:
-    """The options, with the tables that are asked for or all that heed every option given."""
+    """The options, with the tables that are asked for or all that use every option given."""
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
-    parser = argparse.ArgumentParser("bench.py", argparse.SUPPRESS, __doc__.partition("\n")[0])
+    parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0])
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--peers", action="store_true", help="other libraries too")
@@ -658,7 +662,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
     which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
     add("--optimizer", choices=("sgd", "adam"), help="default: sgd, and adam in a few rows")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32")
     add("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
     add("--rounds", type=positive, metavar="N", help="default: 7")
     add("--devices", nargs="+", type=positive, metavar="N", help="how many")
@@ -667,57 +671,45 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
     add("--processes", type=positive, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
-    add("--json", metavar="FILE", help="the results")
-    add("--plot", metavar="FILE", help="a picture of the tables prefix and methods")
+    add("--json", type=writable, metavar="FILE", help="the results")
+    add("--plot", type=picture, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
     heeds = {table: {*words.split()} for table, (_, words) in TABLES.items()}
-    given = {name for name in heeds["devices"] if getattr(options, name)}
-    usual = [table for table in TABLES if given <= heeds[table] and table != "peers"]
+    ignored = {table: sorted(given & heeds["devices"] - heeds[table]) for table in TABLES}
+    usual = [table for table in TABLES if not ignored[table] and table != "peers"]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
     options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
-    for table, name in product(options.tables, sorted(given)):
-        if name not in heeds[table]:
-            parser.error(f"--{name.replace('_', '-')} is not used by the table {table}")
-    return options
-
-
-def refuse(options: Options) -> None:
-    """Refuses what does not go together, before anything is measured."""
-    model, counts = options.model, options.devices or []
-    hand = options.coordinator, options.processes, options.process
+    model, hand = options.model, (options.coordinator, options.processes, options.process)
     address = re.fullmatch(r".+:(\d{1,5})", options.coordinator or "")
     whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
-    pictured = {"prefix", "methods"}.intersection(options.tables)
-    files = [file for file in (options.json, options.plot) if file is not None]
-    refusals = {
+    counts = options.devices or []
+    refusals: dict[str, Any] = {
+        f"--{name} is not used by the table {table}".replace("_", "-"): True
+        for table in options.tables
+        for name in ignored[table]
+    }
+    refusals |= {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
         "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together, "
         "without --cluster": hand.count(None) < 3 and (options.cluster or not whole),
         "--compile-only joins no cluster and measures no rounds": options.compile_only
-        and (options.cluster or options.coordinator or options.rounds),
+        and given & {"cluster", "coordinator", "rounds"},
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
         "--model brings its own sizes, batch and dtype": model
-        and (options.sizes or options.batch or options.dtype != "float32"),
-        "--model needs --train or --freeze": model and not (options.train or options.freeze),
-        "--plot draws the tables prefix and methods": options.plot and not pictured,
-        "--json and --plot name the same file": len({*map(part_of, files)}) < len(files),
+        and given & {"sizes", "batch", "dtype"},
+        "--model needs --train or --freeze": model and not given & {"train", "freeze"},
+        "--plot draws the tables prefix and methods": options.plot
+        and not {"prefix", "methods"}.intersection(options.tables),
+        "--json and --plot name the same file": options.json and options.json == options.plot,
     }
     for why, wrong in refusals.items():
         if wrong:
-            raise Stop(2, f"error: {why}")
-    for file in files:
-        with refusing(f"{file}: cannot be written"):
-            if not file or (os.path.exists(file) and not os.path.isfile(file)):
-                raise OSError("it is no regular file")
-            open(part_of(file), "xb").close()
-            os.remove(part_of(file))
-    if options.plot:
-        with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
-            from matplotlib.figure import Figure
-
-            Figure().canvas.get_supported_filetypes()[Path(options.plot).suffix[1:].lower()]
+            parser.error(why)
     if "peers" in options.tables:
         peers()
+    options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
+    return options
 
 
 def problems_of(options: Options) -> list[Problem]:
@@ -757,7 +749,10 @@ def load_model(spec: str, where: mf.Where) -> Problem:
 
 
 def set_up(options: Options) -> list[Problem]:
-    """Makes or joins the devices that are asked for, and gives the problems."""
+    """Makes or joins the devices that are asked for, and gives the problems.
+
+    All processes end where one refuses, or was given other options than process 0.
+    """
     if options.compile_only:
         flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
         os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
@@ -775,15 +770,15 @@ def set_up(options: Options) -> list[Problem]:
                 raise Stop(2, f"error: --devices {count}: {there}; --compile-only simulates more")
     except Stop as stop:
         refusal = stop.args[1]
-    # All end where one refuses, or was given other options than process 0.
     own = ("json", "plot", "process")
     given = [f"--{name} {value}" for name, value in vars(options).items() if name not in own]
     told = np.frombuffer(json.dumps([refusal, *given]).ljust(2**14).encode(), np.uint8)
     texts = multihost_utils.process_allgather(told).reshape(processes, -1)
-    everyone = [json.loads(text.tobytes()) for text in texts]
-    for (i, theirs), j in product(enumerate(everyone), range(len(everyone[0]))):
-        if theirs[j] != everyone[0][j]:
-            raise Stop(2, f"error: process {i}: {theirs[j]!r}; process 0: {everyone[0][j]!r}")
+    first, *others = [json.loads(text.tobytes()) for text in texts]
+    for i, theirs in enumerate(others, 1):
+        for mine, other in zip(first, theirs):
+            if mine != other:
+                raise Stop(2, f"error: process {i}: {other!r}; process 0: {mine!r}")
     if refusal:
         raise Stop(2, refusal)
     return problems
@@ -817,18 +812,20 @@ def join_cluster(options: Options) -> None:
 
 MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
 memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
-LINE = "{:14}  {:27}  {:>8}  {:>7}  {:>8}  {:>7}  {:>7}  {:>8}"
+LINE = "{:14}  {:27}" + " {:>8}" * 6
 TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Three digits with a prefix, nothing for None.
+    """Three digits with a prefix, or a share; nothing for None.
 
-    >>> quantity(0.0012345, "s"), quantity(82, "B"), quantity(999.9, "B"), quantity(None, "s")
-    ('1.23 ms', '82.0 B', '1.00 kB', '')
+    >>> quantity(0.0012345, "s"), quantity(999.9, "B"), quantity(0.345, "x"), quantity(0.345, "%")
+    ('1.23 ms', '1.00 kB', '0.345x', '34%')
     """
     if value is None:
         return ""
+    if unit in ("x", "%"):
+        return f"{value:.3g}x" if unit == "x" else f"{value:.0%}"
     power = int(f"{value:.2e}".partition("e")[2]) // 3  # of the rounded value
     digits = f"{value / 1000**power:#.3g}".rstrip(".")
     return f"{digits} {' kMGTPfpnµm'[power].strip()}{unit}".rstrip()
@@ -846,19 +843,16 @@ def about(problem: Problem) -> str:
 def label(row: Row) -> str:
     """A row's method and what is special about it."""
     clipped = "clipped" if row.clip and "clip" not in row.method else ""
-    special = clipped, "adam" if row.optimizer == "adam" else "", row.layout
-    return ", ".join(filter(None, (row.method, *special)))
+    adam = "adam" if row.optimizer == "adam" else ""
+    return ", ".join(filter(None, (row.method, clipped, adam, row.layout)))
 
 
 def lines(row: Row) -> str:
     """A row under ``TITLES``, and below it what it has no columns for."""
     where = row.problem + f" on {row.devices}" * (row.table == "devices")
-    ratio = f"{row.vs_all:.3f}x" if row.vs_all else ""
-    share = f"{row.roofline_share:.0%}" if row.roofline_share else ""
-    step, rate = quantity(row.step_s, "s"), quantity(row.rows_per_s, "")
-    flops, memory = quantity(row.flops, ""), quantity(row.memory_bytes, "B")
-    cells = LINE.format(where, label(row), step, ratio, share, rate, flops, memory)
-    return "\n    ".join((cells.rstrip(), *notes(row)))
+    values = row.step_s, row.vs_all, row.roofline_share, row.rows_per_s, row.flops, row.memory_bytes
+    cells = map(quantity, values, ("s", "x", "%", "", "", "B"))
+    return "\n    ".join((LINE.format(where, label(row), *cells).rstrip(), *notes(row)))
 
 
 def notes(row: Row) -> Iterator[str]:
@@ -884,40 +878,27 @@ def answers(rows: Sequence[Row]) -> list[str]:
             what = row.problem + f" on {row.devices} devices" * (row.table == "devices")
             ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
             step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
-            facts = [step, quantity(row.memory_bytes, "B"), *notes(row)]
-            said.setdefault(f"{what}, {row.layout or row.optimizer}", []).append(
-                ", ".join(filter(None, facts))
-            )
+            facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
+            said.setdefault(f"{what}, {row.layout or row.optimizer}", []).append(", ".join(facts))
     return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 
 
 def card(options: Options) -> dict[str, Any]:
     """What the figures depend on."""
-    device, rates = jax.devices()[0], [None, None]
-    if not options.compile_only:
-        time_in_rounds(probes(options.dtype), 3)
-        rates = [probe.batch / min(probe.samples) for probe in probes(options.dtype)]
-    cpu = platform.processor() or platform.machine()
+    device, cpu = jax.devices()[0], platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         (cpu,) = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[:1] or [cpu]
-    return {
-        **{module.__name__: module.__version__ for module in (jax, jaxlib, np)},
-        "python": platform.python_version(),
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "device_count": jax.device_count(),
-        "processes": jax.process_count(),
-        "cpu": f"{cpu.strip()}, {os.cpu_count()} cores",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "dtype": options.dtype,
-        "peak_flops": rates[0],
-        "peak_bytes_per_s": rates[1],
-    }
+    facts = {module.__name__: module.__version__ for module in (jax, jaxlib, np)}
+    facts |= {"python": platform.python_version(), "platform": device.platform}
+    facts |= {"device_kind": device.device_kind, "device_count": jax.device_count()}
+    facts |= {"processes": jax.process_count(), "cpu": f"{cpu.strip()}, {os.cpu_count()} cores"}
+    facts |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "dtype": options.dtype}
+    return facts | dict(zip(("peak_flops", "peak_bytes_per_s"), measure([], options)))
 
 
 def part_of(file: str) -> str:
     """What is written first, and takes the place of ``file`` once it is whole."""
-    return f"{os.path.realpath(file)}.{os.getpid()}.part"
+    return f"{file}.{os.getpid()}.part"
 
 
 def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
@@ -925,15 +906,15 @@ def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: s
     if options.json:
         results = {"card": facts, "complete": ended == "complete", "ended": ended}
         results["rows"] = [row.figures() for row in rows]
-        with open(part_of(options.json), "w", encoding="utf-8") as file:
-            file.write(json.dumps(results, indent=1) + "\n")
-        os.replace(part_of(options.json), os.path.realpath(options.json))
-    if options.plot and any(row.step_s for row in rows if row.table in ("prefix", "methods")):
-        draw([row for row in rows if row.step_s], part_of(options.plot), Path(options.plot).suffix)
-        os.replace(part_of(options.plot), os.path.realpath(options.plot))
+        Path(part_of(options.json)).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        os.replace(part_of(options.json), options.json)
+    pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
+    if options.plot and pictured:
+        draw(pictured, part_of(options.plot), Path(options.plot).suffix[1:].lower())
+        os.replace(part_of(options.plot), options.plot)
 
 
-def draw(rows: Sequence[Row], file: str, suffix: str) -> None:
+def draw(rows: Sequence[Row], file: str, kind: str) -> None:
     """Draws time against frozen layers, a line a method, and the last problem's methods."""
     from matplotlib.figure import Figure
 
@@ -948,18 +929,16 @@ def draw(rows: Sequence[Row], file: str, suffix: str) -> None:
     methods = [row for row in methods if row.problem == methods[-1].problem]
     bars = right.barh([label(row) for row in methods], [1e3 * row.step_s for row in methods])
     right.bar_label(bars, fmt="{:.3g}")
-    right.set(title="ms a step, by method")
-    right.margins(x=0.15)
+    right.set(title="ms a step, by method", xmargin=0.15)
     right.invert_yaxis()
-    figure.savefig(file, dpi=200, format=suffix[1:].lower())
+    figure.savefig(file, dpi=200, format=kind)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, facts, rows = Options(json=None, plot=None), dict[str, Any](), list[Row]()
+    options, facts, rows = Options(), dict[str, Any](), list[Row]()
     code, ended, say = 0, "complete", partial(print, flush=True)
     try:
         options = parse(argv)
-        refuse(options)
         problems = set_up(options)
         facts = card(options)
         short = {k: quantity(v, "") if isinstance(v, float) else v for k, v in facts.items()}
@@ -985,8 +964,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if rows:
             write(options, facts, rows, ended)
-        for text in answers(rows):
-            say(text)
+            for text in answers(rows):
+                say(text)
     except OSError as error:
         code, ended = code or 1, str(error)
     if code:
