@@ -10,10 +10,9 @@
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
     python bench.py --json run.json --plot run.png          # to keep
 
-It prints what it runs on, its tables, and the answer in its last lines. Every step donates its
-state and is fed its own result. Cases are timed in rounds, in a shuffled order, and compared
-within a round, so that what slows the machine down slows them all; those that must take the
-same step are shown to take it first. FLOPs and bytes are the compiled program's.
+It prints what it runs on, its tables, and the answer. Every step donates its state and is fed its
+own result. Cases are timed in rounds, in a shuffled order, and compared within a round; those that
+must take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
 VECTOR = 2**24  # floats that no cache holds
 JOIN_S = 60  # how long a process waits for its cluster
+PART = f".{os.getpid()}.part"  # of a name: what takes the file's place once it is whole
 
 
 class Stop(Exception):
@@ -166,12 +166,10 @@ def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) 
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
     square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, square, grads)
     count += 1
-
-    def new(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-        m, v = m / (1 - 0.9**count), v / (1 - 0.999**count)
-        return (p - ADAM_RATE * m / (jnp.sqrt(v) + 1e-8)).astype(p.dtype)
-
-    return jax.tree.map(new, params, mean, square), (mean, square, count)
+    rate, late = ADAM_RATE / (1 - 0.9**count), 1 - 0.999**count
+    steps = jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v / late) + 1e-8), mean, square)
+    params = jax.tree.map(lambda p, step: (p - step).astype(p.dtype), params, steps)
+    return params, (mean, square, count)
 
 
 def started(params: Tree, moments: Tree) -> Tree:
@@ -227,13 +225,12 @@ def least_flops(problem: Problem, method: str) -> int | None:
     if not problem.sizes:
         return None
     trains = mf.mask("*" if method == "all" else problem.where, drawn(problem.make, 1, True)[0])
-    layers = [trains[f"linear_{i}"] for i in range(len(problem.sizes) - 1)]
-    lowest = min(i for i, layer in enumerate(layers) if layer["w"] or layer["b"])
-    total = 0
-    for i, (layer, (n_in, n_out)) in enumerate(zip(layers, pairwise(problem.sizes))):
-        hoisted = method == "hoist" and (i < lowest or (i == lowest and not layer["w"]))
-        products = (not hoisted) + layer["w"] + (i > lowest)
+    total, below = 0, False  # does something train below?
+    for i, (n_in, n_out) in enumerate(pairwise(problem.sizes)):
+        w, b = trains[f"linear_{i}"]["w"], trains[f"linear_{i}"]["b"]
+        products = (method != "hoist" or below or w) + w + below
         total += products * 2 * problem.batch * n_in * n_out
+        below = below or w or b
     return total
 
 
@@ -387,27 +384,22 @@ def outliving(row: Row) -> Iterator[None]:
         row.remark, row.run = "out of memory", None
 
 
-def measure(rows: Sequence[Row], options: Options) -> list[float | None]:
-    """Makes rows, shows that they agree, and times them in rounds.
-
-    Gives what the device did at most in the meantime, FLOPs and bytes a second.
-    """
+def measure(rows: Sequence[Row], options: Options) -> None:
+    """Makes rows, shows that they agree, and times them in rounds."""
     first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
         with outliving(row):
             row.make(row)
             if row.run:
                 check_agreement(row, first)
-    if options.compile_only:
-        return [None, None]
-    rates = probes(options.dtype)
-    time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
-    limits = [probe.batch / min(probe.samples) for probe in rates]
-    timed = [row for row in rows if row.run]
-    bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
-    for row in timed:
-        note_times(row, bases.get((row.clip, row.optimizer), []), *limits)
-    return limits
+    if any(row.run for row in rows):
+        rates = probes(options.dtype)
+        time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
+        timed = [row for row in rows if row.run]
+        bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
+        for row in timed:
+            base = bases.get((row.clip, row.optimizer), [])
+            note_times(row, base, *(probe.batch / min(probe.samples) for probe in rates))
 
 
 @cache
@@ -486,8 +478,8 @@ def on_host(tree: Tree) -> dict[str, np.ndarray]:
     """Every array by its name, whole."""
     gather, host = partial(multihost_utils.process_allgather, tiled=True), {}
     for path, leaf in tree_flatten_with_path(tree)[0]:
-        whole = leaf if leaf.is_fully_addressable else gather(leaf)
-        host[keystr(path, simple=True, separator="/")] = np.asarray(whole)
+        name = keystr(path, simple=True, separator="/")
+        host[name] = np.asarray(leaf if leaf.is_fully_addressable else gather(leaf))
     return host
 
 
@@ -637,8 +629,8 @@ def writable(file: str) -> str:
     with refusing(f"{file}: cannot be written"):
         if not file or (os.path.exists(file) and not os.path.isfile(file)):
             raise OSError("it is no regular file")
-        open(part_of(file), "xb").close()
-        os.remove(part_of(file))
+        open(file + PART, "xb").close()
+        os.remove(file + PART)
     return os.path.realpath(file)
 
 
@@ -684,12 +676,10 @@ def parse(argv: Sequence[str] | None) -> Options:
     address = re.fullmatch(r".+:(\d{1,5})", options.coordinator or "")
     whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
     counts = options.devices or []
+    for table in options.tables:
+        for name in ignored[table]:
+            parser.error(f"--{name} is not used by the table {table}".replace("_", "-"))
     refusals: dict[str, Any] = {
-        f"--{name} is not used by the table {table}".replace("_", "-"): True
-        for table in options.tables
-        for name in ignored[table]
-    }
-    refusals |= {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
         "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together, "
         "without --cluster": hand.count(None) < 3 and (options.cluster or not whole),
@@ -833,11 +823,9 @@ def quantity(value: float | None, unit: str) -> str:
 
 def about(problem: Problem) -> str:
     """What is trained, on what."""
-    if problem.sizes:
-        rows = f"batch {problem.batch}, trains {problem.where}"
-        return f"{problem.name}: {list(problem.sizes)}, {rows}"
     trainable, frozen = mf.partition(problem.where, drawn(problem.make, 1, True)[0])
-    return f"{problem.name}:\n{mf.summary(trainable=trainable, frozen=frozen)}"
+    network = list(problem.sizes) or f"\n{mf.summary(trainable=trainable, frozen=frozen)}"
+    return f"{problem.name}: batch {problem.batch}, trains {problem.where} of {network}"
 
 
 def label(row: Row) -> str:
@@ -888,17 +876,15 @@ def card(options: Options) -> dict[str, Any]:
     device, cpu = jax.devices()[0], platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         (cpu,) = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[:1] or [cpu]
+    rates = [] if options.compile_only else probes(options.dtype)
+    time_in_rounds(rates, 3)
     facts = {module.__name__: module.__version__ for module in (jax, jaxlib, np)}
     facts |= {"python": platform.python_version(), "platform": device.platform}
     facts |= {"device_kind": device.device_kind, "device_count": jax.device_count()}
     facts |= {"processes": jax.process_count(), "cpu": f"{cpu.strip()}, {os.cpu_count()} cores"}
     facts |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "dtype": options.dtype}
-    return facts | dict(zip(("peak_flops", "peak_bytes_per_s"), measure([], options)))
-
-
-def part_of(file: str) -> str:
-    """What is written first, and takes the place of ``file`` once it is whole."""
-    return f"{file}.{os.getpid()}.part"
+    peaks = [probe.batch / min(probe.samples) for probe in rates] or [None, None]
+    return facts | dict(zip(("peak_flops", "peak_bytes_per_s"), peaks))
 
 
 def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
@@ -906,16 +892,17 @@ def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: s
     if options.json:
         results = {"card": facts, "complete": ended == "complete", "ended": ended}
         results["rows"] = [row.figures() for row in rows]
-        Path(part_of(options.json)).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        os.replace(part_of(options.json), options.json)
+        Path(options.json + PART).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        os.replace(options.json + PART, options.json)
     pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
     if options.plot and pictured:
-        draw(pictured, part_of(options.plot), Path(options.plot).suffix[1:].lower())
-        os.replace(part_of(options.plot), options.plot)
+        figure = drawing(pictured)
+        figure.savefig(options.plot + PART, dpi=200, format=Path(options.plot).suffix[1:].lower())
+        os.replace(options.plot + PART, options.plot)
 
 
-def draw(rows: Sequence[Row], file: str, kind: str) -> None:
-    """Draws time against frozen layers, a line a method, and the last problem's methods."""
+def drawing(rows: Sequence[Row]) -> Any:
+    """Time against frozen layers, a line a method, and beside it the last problem's methods."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -931,7 +918,7 @@ def draw(rows: Sequence[Row], file: str, kind: str) -> None:
     right.bar_label(bars, fmt="{:.3g}")
     right.set(title="ms a step, by method", xmargin=0.15)
     right.invert_yaxis()
-    figure.savefig(file, dpi=200, format=kind)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
