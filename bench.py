@@ -28,7 +28,6 @@ import re
 import runpy
 import signal
 import socket
-import statistics
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
@@ -290,12 +289,11 @@ def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -
 
     The roofline: no step is faster than its least FLOPs at the peak, or its bytes at theirs.
     """
-    median = statistics.median
-    row.step_s = median(row.samples)
-    row.spread_s = median(abs(sample - row.step_s) for sample in row.samples)
-    row.vs_all = median(a / b for a, b in zip(row.samples, base, strict=True)) if base else None
+    row.step_s = float(np.median(row.samples))
+    row.spread_s = float(np.median(np.abs(np.subtract(row.samples, row.step_s))))
+    row.vs_all = float(np.median(np.divide(row.samples, base))) if base else None
+    row.once_s = float(np.median(row.once.samples)) if row.once else None
     row.rows_per_s = row.batch / row.step_s
-    row.once_s = median(row.once.samples) if row.once else None
     if row.flops is not None and row.platform == jax.default_backend():  # whose peak it is
         row.peak_share = row.flops / row.step_s / peak
         least = max((row.flops_min or row.flops) / peak, (row.bytes_min or 0) / bandwidth)
@@ -403,17 +401,16 @@ def measure(rows: Sequence[Row], options: Options) -> None:
 
 
 @cache
-def probes(dtype: str) -> tuple[Row, Row]:
+def probes(dtype: str) -> list[Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
     matrix, vector = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
-
-    def probe(step: Step, start: jax.Array, work: int) -> Row:
-        run = partial(repeat, jax.jit(step, donate_argnums=0), (start,))
-        return Row(run=run, fresh=partial(jnp.copy, start), batch=work)
-
-    products = probe(lambda a, b: (a, a @ b), matrix, 2 * n**3)
-    return products, probe(lambda a, b: (a + b, None), vector, 3 * vector.nbytes)
+    rows = [Row(batch=2 * n**3), Row(batch=3 * vector.nbytes)]
+    steps: list[Step] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
+    for row, step, start in zip(rows, steps, (matrix, vector)):
+        row.run = partial(repeat, jax.jit(step, donate_argnums=0), (start,))
+        row.fresh = partial(jnp.copy, start)
+    return rows
 
 
 def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
@@ -634,14 +631,6 @@ def writable(file: str) -> str:
     return os.path.realpath(file)
 
 
-def picture(file: str) -> str:
-    with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
-        from matplotlib.figure import Figure
-
-        Figure().canvas.get_supported_filetypes()[Path(file).suffix[1:].lower()]
-    return writable(file)
-
-
 def parse(argv: Sequence[str] | None) -> Options:
     """The options, with the tables that are asked for or all that use every option given."""
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
@@ -664,11 +653,11 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--processes", type=positive, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
     add("--json", type=writable, metavar="FILE", help="the results")
-    add("--plot", type=picture, metavar="FILE", help="a picture of the tables prefix and methods")
+    add("--plot", type=writable, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    heeds = {table: {*words.split()} for table, (_, words) in TABLES.items()}
-    ignored = {table: sorted(given & heeds["devices"] - heeds[table]) for table in TABLES}
+    heeded = {*TABLES["devices"][1].split()}
+    ignored = {table: given & heeded - {*words.split()} for table, (_, words) in TABLES.items()}
     usual = [table for table in TABLES if not ignored[table] and table != "peers"]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
     options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
@@ -677,7 +666,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
     counts = options.devices or []
     for table in options.tables:
-        for name in ignored[table]:
+        for name in sorted(ignored[table]):
             parser.error(f"--{name} is not used by the table {table}".replace("_", "-"))
     refusals: dict[str, Any] = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
@@ -696,6 +685,11 @@ def parse(argv: Sequence[str] | None) -> Options:
     for why, wrong in refusals.items():
         if wrong:
             parser.error(why)
+    if options.plot:
+        with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
+            from matplotlib.figure import Figure
+
+            Figure().canvas.get_supported_filetypes()[Path(options.plot).suffix[1:].lower()]
     if "peers" in options.tables:
         peers()
     options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
@@ -705,16 +699,15 @@ def parse(argv: Sequence[str] | None) -> Options:
 def problems_of(options: Options) -> list[Problem]:
     """The problems that are asked for, of which something trains."""
     turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
-    where, chosen = options.train or turned, PROBLEMS
+    where, chosen, problems = options.train or turned, PROBLEMS, list[Problem]()
     if options.sizes:
         chosen = {"mlp": (tuple(options.sizes), 64, [f"linear_{len(options.sizes) - 2}"])}
-    problems = [
-        mlp(name, sizes, options.batch or batch, where or usual, options.dtype)
-        for name, (sizes, batch, usual) in chosen.items()
-    ]
     if options.model:
+        chosen = {}
         with refusing(f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"):
             problems = [load_model(options.model, where)]
+    for name, (sizes, batch, usual) in chosen.items():
+        problems += [mlp(name, sizes, options.batch or batch, where or usual, options.dtype)]
     for problem in problems:
         with refusing(problem.name):
             mf.partition(problem.where, drawn(problem.make, 1, True)[0])
