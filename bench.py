@@ -595,14 +595,14 @@ def peers() -> Any:
 
 
 # Each with what it uses of the options that not all tables use.
+MANY = "sizes batch train freeze optimizer model devices compile_only cluster coordinator"
 TABLES: dict[str, tuple[Callable[[Options, Sequence[Problem]], Rows], str]] = {
     "methods": (methods_table, "sizes batch train freeze optimizer model"),
     "prefix": (prefix_table, "sizes batch optimizer"),
-    "devices": (devices_table, "sizes batch train freeze optimizer model devices compile_only "
-                               "cluster coordinator"),
+    "devices": (devices_table, MANY),
     "run": (run_table, ""),
     "peers": (peers_table, "sizes batch train freeze"),
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------- options and the cluster
 
@@ -656,30 +656,26 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--plot", type=writable, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    heeded = {*TABLES["devices"][1].split()}
-    ignored = {table: given & heeded - {*words.split()} for table, (_, words) in TABLES.items()}
-    usual = [table for table in TABLES if not ignored[table] and table != "peers"]
+    ignored = {table: {*MANY.split()} - {*words.split()} for table, (_, words) in TABLES.items()}
+    usual = [table for table in TABLES if table != "peers" and not given & ignored[table]]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
     options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
-    model, hand = options.model, (options.coordinator, options.processes, options.process)
+    ignored |= {"model": {"sizes", "batch", "dtype"}, "cluster": {"coordinator"}}
+    ignored |= {"compile_only": {"cluster", "coordinator", "rounds"}}
+    for user in [*options.tables, *sorted(given & {"model", "cluster", "compile_only"})]:
+        for name in sorted(given & ignored[user]):
+            parser.error(f"--{name} is not used with {user}".replace("_", "-"))
+    hand, counts = (options.coordinator, options.processes, options.process), options.devices or []
     address = re.fullmatch(r".+:(\d{1,5})", options.coordinator or "")
     whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
-    counts = options.devices or []
-    for table in options.tables:
-        for name in sorted(ignored[table]):
-            parser.error(f"--{name} is not used by the table {table}".replace("_", "-"))
+    pictured, patterns = {"prefix", "methods"}.intersection(options.tables), {"train", "freeze"}
     refusals: dict[str, Any] = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
-        "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together, "
-        "without --cluster": hand.count(None) < 3 and (options.cluster or not whole),
-        "--compile-only joins no cluster and measures no rounds": options.compile_only
-        and given & {"cluster", "coordinator", "rounds"},
+        "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together": not whole
+        and hand.count(None) < 3,
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
-        "--model brings its own sizes, batch and dtype": model
-        and given & {"sizes", "batch", "dtype"},
-        "--model needs --train or --freeze": model and not given & {"train", "freeze"},
-        "--plot draws the tables prefix and methods": options.plot
-        and not {"prefix", "methods"}.intersection(options.tables),
+        "--model needs --train or --freeze": options.model and not given & patterns,
+        "--plot draws the tables prefix and methods": options.plot and not pictured,
         "--json and --plot name the same file": options.json and options.json == options.plot,
     }
     for why, wrong in refusals.items():
@@ -808,7 +804,7 @@ def quantity(value: float | None, unit: str) -> str:
     if value is None:
         return ""
     if unit in ("x", "%"):
-        return f"{value:.3g}x" if unit == "x" else f"{value:.0%}"
+        return f"{value:#.3g}".rstrip(".") + "x" if unit == "x" else f"{value:.0%}"
     power = int(f"{value:.2e}".partition("e")[2]) // 3  # of the rounded value
     digits = f"{value / 1000**power:#.3g}".rstrip(".")
     return f"{digits} {' kMGTPfpnµm'[power].strip()}{unit}".rstrip()
