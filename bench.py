@@ -51,6 +51,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 import minifreeze as mf
 
 Tree: TypeAlias = Any
+Loss: TypeAlias = Callable[..., jax.Array]
 Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
 # jax leaves these without types
 config: Any = jax.config
@@ -78,7 +79,7 @@ class Problem(NamedTuple):
 
     name: str
     where: mf.Where
-    loss: Callable[..., jax.Array]
+    loss: Loss
     make: Callable[[int], Any]
     sizes: tuple[int, ...] = ()  # of the MLP; a model of the user's has none
     batch: int = 0  # its rows, for each device
@@ -141,23 +142,19 @@ def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...])
     return params, batch, stopped if method.startswith("stop") else problem.loss, None
 
 
-def step_of(row: Row, loss: Callable[..., jax.Array], where: mf.Where) -> Step:
-    """The step on ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
-
-    def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
-        params, moments = state
-        value, grads = jax.value_and_grad(loss)(params, *args)
-        if row.method == "mask":
-            grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
-        if row.clip:  # over all gradients that there are, and so it reads them all
-            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-            scale = jnp.minimum(1, CLIP / norm)
-            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-        if row.optimizer == "adam":
-            return adam(params, grads, *moments), value
-        return (mf.sgd_step(params, grads, SGD_RATE), ()), value
-
-    return step
+def take_step(row: Row, loss: Loss, where: mf.Where, state: Tree, *args: Tree) -> Tree:
+    """On ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
+    params, moments = state
+    value, grads = jax.value_and_grad(loss)(params, *args)
+    if row.method == "mask":
+        grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
+    if row.clip:  # over all gradients that there are, and so it reads them all
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        scale = jnp.minimum(1, CLIP / norm)
+        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+    if row.optimizer == "adam":
+        return adam(params, grads, *moments), value
+    return (mf.sgd_step(params, grads, SGD_RATE), ()), value
 
 
 def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) -> Tree:
@@ -233,7 +230,7 @@ def least_flops(problem: Problem, method: str) -> int | None:
     return total
 
 
-def least_bytes(loss: Callable[..., Any], state: Tree, args: Tree, update: int) -> int:
+def least_bytes(loss: Loss, state: Tree, args: Tree, update: int) -> int:
     """The least bytes that a step moves: its inputs read once, what changes written once.
 
     Read: the parameters and the batch (of ``hoist``, the features) that the loss uses, and the
@@ -344,7 +341,8 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     row.fresh = partial(started, *state)
     places = (jax.tree.map(lambda leaf: leaf.sharding, state), None) if devices else None
     donated = () if row.method.endswith("not donated") else (0,)
-    step = jax.jit(step_of(row, loss, problem.where), donate_argnums=donated, out_shardings=places)
+    take = partial(take_step, row, loss, problem.where)
+    step = jax.jit(take, donate_argnums=donated, out_shardings=places)
     note_program(row, step, state, *args)
 
     def read(state: Tree) -> Tree:
@@ -519,12 +517,11 @@ def devices_table(options: Options, problems: Sequence[Problem]) -> Rows:
         leaves = jax.tree.leaves(drawn(problem.make, 1, True)[0])
         divides = count > 1 and any(n % count == 0 for leaf in leaves for n in leaf.shape)
         new = partial(Row, platform=kind, devices=count, simulated=simulated, optimizer=optimizer)
-        new = partial(new, make=partial(prepare, problem, devices=devices))
         # One device, with as many rows, must take the same step; it is not shown.
         alone = [] if simulated else [new("", problem.name, "all", make=partial(prepare, problem))]
+        new = partial(new, "devices", problem.name, make=partial(prepare, problem, devices=devices))
         for layout in ("replicated", "sharded")[: 1 + divides]:
-            ways = ("all", "partition")
-            yield alone + [new("devices", problem.name, way, layout=layout) for way in ways]
+            yield alone + [new(way, layout=layout) for way in ("all", "partition")]
     if not (options.devices or options.compile_only) and jax.process_count() == 1:
         # In this process simulated devices would disturb all else.
         spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
@@ -573,8 +570,7 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Step, row: Row) 
     one_by_one = list(zip(*batches))
 
     def run(state: Tree, steps: int) -> Any:
-        whole = [column[:steps] for column in batches]
-        for batch in [whole] if scan else one_by_one[:steps]:
+        for batch in [[column[:steps] for column in batches]] if scan else one_by_one[:steps]:
             state, loss = jitted(state, frozen, *batch)
         return state, loss
 
