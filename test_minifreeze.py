@@ -1874,8 +1874,7 @@ def test_bench_least_bytes_with_adams_moments_by_hand(method, trains):
 def test_bench_adam_is_kingmas_and_bas():
     start = jnp.array([1.0, -2.0])
     params, moments = bench.started(start, (start, start, jnp.int32(9)))
-    mean = square = np.zeros(2)
-    wanted = np.array(start)
+    mean, square, wanted = 0, 0, np.array(start)
     for t, g in enumerate([[0.5, -1.0], [0.25, 3.0]], 1):
         params, moments = bench.adam(params, jnp.array(g), *moments)
         mean, square = 0.9 * mean + 0.1 * np.array(g), 0.999 * square + 0.001 * np.square(g)
