@@ -205,9 +205,8 @@ class Row(SimpleNamespace):
 
 def tree_bytes(tree: Tree) -> int:
     """The bytes of its arrays on one device."""
-    leaves = jax.tree.leaves(tree)
-    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    return sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, leaves))
+    arrays = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
