@@ -410,6 +410,7 @@ def test_property_summary_counts_what_numpy_counts(data, tree):
     for name, (count, size) in sums.items():
         share = f"{count / total[0] if total[0] else 0:.1%}"
         assert [name, str(count), str(size), share] in lines
+    assert "total" in mf.summary(first=parts["first"])  # and what holes alone there are
 
 
 def test_summary_by_hand():
@@ -470,7 +471,7 @@ def test_property_warm_start_takes_what_old_holds_at_the_same_path(data, tree):
 
 def test_warm_start_knows_a_leaf_by_its_path_not_its_name():
     new = {"a/b": 1, "a": {"b": 2}}
-    assert mf.warm_start(new, {"a": {"b": 5}}) == {"a/b": 1, "a": {"b": 5}}
+    assert mf.warm_start(new, {"a": {"b": jnp.asarray(5)}}) == {"a/b": 1, "a": {"b": 5}}
     assert mf.warm_start({"f": len, "t": np.float32}, {"f": abs}) == {"f": abs, "t": np.float32}
 
 
@@ -688,10 +689,10 @@ def test_main_line_by_line_and_it_draws_every_parameter_twice(monkeypatch, capsy
     monkeypatch.setattr(figure.Figure, "savefig", saved)
     picture.write_text("not a picture")
     seed = 2**32 - 1  # the largest
-    argv = ["minifreeze.py", "--steps", "3", "--seed", str(seed), "--plot", str(picture)]
+    argv = ["minifreeze.py", "--steps", "4", "--seed", str(seed), "--plot", str(picture)]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(HERE / "minifreeze.py"), run_name="__main__")
-    before, after, lines = walked(seed, 3)
+    before, after, lines = walked(seed, 4)
     assert capsys.readouterr().out.splitlines() == lines
     assert os.listdir(tmp_path) == ["params.png"]
     shown = image.imread(HERE / ".github" / "params.png")  # the README's
@@ -835,6 +836,7 @@ mf.merge({"a": [1]}, {"a": (HOLE,)})
     # ValueError: part 0 has ..PyTreeDef({'a': [*]}).., part 1 has ..PyTreeDef({'a': (*,)})..
 mf.merge(mf.partition("*/b", MANY)[0])  # ValueError: ... of 300
 mf.merge(dict.fromkeys("abcdefghij", HOLE))  # ValueError: 'j' is a hole
+mf.merge(dict.fromkeys("abcdefghijk", HOLE))  # ValueError: ... of 11
 mf.merge(MANY, {"other": MANY})  # ValueError: ... of 1200
 mf.merge(Layer(1, {"x": 1}), Layer(HOLE, {"y": 1}))  # ValueError: 'b/y'
 mf.merge({"a": None, "b": 1}, {"a": 1, "b": HOLE})  # ValueError: 'a'
@@ -856,8 +858,7 @@ mf.warm_start(optax.chain(optax.clip(1), optax.adam(1)).init(t), optax.adam(1).i
     # ValueError: 1/0/mu/linear_1/b
 mf.warm_start({"b": 0}, {"b": Twins(1, 2), "c": 3})
     # ValueError: two leaves have one key path in old
-mf.init(jax.random.key(0), [3])
-    # ValueError: sizes must be two or more positive integers, got (3,)
+mf.init(jax.random.key(0), [3])  # ValueError: sizes must be two or more positive integers, got (3,)
 mf.init(jax.random.key(0), [3, 0, 2])  # ValueError: (3, 0, 2)
 mf.init(jax.random.key(0), [3, 2, -1])  # ValueError: -1
 mf.init(jax.random.key(0), [3.0, 2])  # ValueError: 3.0
@@ -865,14 +866,13 @@ mf.init(jax.random.key(0), [3, True])  # ValueError: True
 mf.apply(net().params, x[:, :2])  # ValueError: linear_0 takes inputs of width 3, got shape (4, 2)
 mf.apply(net().params, jnp.ones((4, 5)))  # ValueError: (4, 5)
 mf.apply(net().params, jnp.float32(1))  # ValueError: ()
-mf.apply(t, x)  # ValueError: linear_0 has holes: merge(trainable, frozen) first
+mf.apply(mf.partition("*/w", f)[0], x)  # ValueError: linear_0 has holes: merge(trainable, frozen)
 mf.apply({"a": 1}, x)  # ValueError: params holds 'a', not linear_0, linear_1, ...
 mf.apply(MANY, x)  # ValueError: ... of 300
 mf.apply(THREE, x)  # ValueError: linear_10
 mf.apply({}, x)  # ValueError: linear_0
 mf.loss_fn(t, f, x, y * 1.0)  # TypeError: labels must be integers, got float32
-mf.loss_fn(t, f, x, y[:3])
-    # ValueError: labels of shape (3,) do not fit logits of shape (4, 5)
+mf.loss_fn(t, f, x, y[:3])  # ValueError: labels of shape (3,) do not fit logits of shape (4, 5)
 mf.train_step(t, f, x, y[:, None])  # ValueError: (4, 1)
 mf.train_step(of(t, int), f, x, y)  # TypeError: 'linear_1/b' is int32 and cannot train: freeze it
 mf.train_step(of(t, complex), f, x, y)  # TypeError: complex64
@@ -912,6 +912,7 @@ BAD_ARGUMENTS = {
     "--seed x": "x",
     "--seed -1": "-1",
     "--seed 4294967296": "4294967296",
+    "--seed 4294967297": "4294967297",
     "--plot not/there.png": "No such file",
     "--plot folder.png": "Is a directory",
     "--plot full.png": "No space left",
@@ -1180,6 +1181,7 @@ KEPT = {  # the bytes kept, of a function whose defaults are what it is made for
     "a biased product": (192, lambda t="f4 6", f="f4 4 6", x="f4 8 4": x @ f + t),
     "two results": (96, lambda t="f4 3", f="f4 3 6", x="f4 8 3": x * jax.lax.top_k(t, 3)[1] @ f),
     "a kept x, its mean": (320, lambda t="f4 4", f="f4 4 6", x="f4 8 4": (x.mean(1), x @ t, x @ f)),
+    "levels": (12, lambda t="f4", f="f4 6", x="f4 4 6": ((x @ f)[:, None] > jnp.arange(3)) * t),
     "no batch": (0, lambda t="f4 6", f="f4 4 6": f @ t),
 }
 
@@ -1775,12 +1777,13 @@ def test_bench_break_even_and_efficiency_are_the_divisions_that_they_claim_to_be
     part, one, four = sampled(6.5, 5, 7, method="partition"), sampled(3), sampled(4, devices=4)
     rows = [hoist, part, one, four, sampled(4, devices=4), sampled(6, devices=4)]
     rows[-2].problem, rows[-1].clip = "q", True  # not of the same problem, not the same step
+    rows += [sampled(50, method="stop_gradient"), sampled(5, devices=4, method="mask")]
     for row in rows:
         bench.note_times(row, [], 1, 1)
     bench.note_comparisons(rows)
     assert (hoist.once_s, hoist.break_even) == (12.5, 12.5 / (6.5 - 2.25))
-    assert [row.break_even for row in rows[1:]] == [None] * 5
-    assert [row.efficiency for row in rows] == [None, None, None, 3 / 4, None, None]
+    assert [row.break_even for row in rows[1:]] == [None] * 7
+    assert [row.efficiency for row in rows] == [None, None, None, 3 / 4, *[None] * 4]
     for slow in (sampled(s, once=sampled(12), method="hoist") for s in (6.5, 7)):
         bench.note_times(slow, [], 1, 1)
         bench.note_comparisons([slow, part])
@@ -1987,7 +1990,6 @@ def test_bench_answer_says_what_the_rows_say():
 
 
 def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
-    """They could not be timed if they did not."""
     code, _, error = bench_here(capsys, "--tables", "peers", *SMALL, "--json", tmp_path / "x.json")
     rows = rows_of(tmp_path / "x.json")[4:]
     assert (code, error, [row["method"] for row in rows]) == (0, "", list(bench.peers().FORMS))
@@ -2259,14 +2261,12 @@ def test_bench_two_processes_train_as_one_and_end_with_each_other(tmp_path):
 
 # ------------------------------------------------------------------------------- the README
 
-
-def readme() -> str:
-    return (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text()
 
 
 def prose() -> str:
     """The README without its code and without what is shown beside it."""
-    return re.sub(r"```[\s\S]*?```|`[^`\n]+`", "`code`", readme())
+    return re.sub(r"```[\s\S]*?```|`[^`\n]+`", "`code`", README)
 
 
 def programs() -> dict[str, list[tuple[str, str, str]]]:
@@ -2275,7 +2275,7 @@ def programs() -> dict[str, list[tuple[str, str, str]]]:
     blocks, below = [], ""
     heading = r"^(?P<marks>#+) (?P<title>.*)$"
     block = r"```python\n(?P<code>[\s\S]*?)```\n(\n```text\n(?P<shown>[\s\S]*?)```\n)?"
-    for match in re.finditer(f"{heading}|{block}", readme(), re.MULTILINE):
+    for match in re.finditer(f"{heading}|{block}", README, re.MULTILINE):
         if match["code"]:
             blocks.append((below, match["code"], match["shown"] or ""))
         elif match["marks"] == "###":
@@ -2303,7 +2303,7 @@ def test_readme_blocks_print_what_they_show(title, capsys):
 def test_readme_model_goes_through_the_bench(tmp_path):
     (code,) = (code for _, code, _ in programs()["Results"])
     (tmp_path / "mine.py").write_text(code)
-    (options,) = re.findall(r"^uv run bench.py (--model mine.*)$", readme(), re.MULTILINE)
+    (options,) = re.findall(r"^uv run bench.py (--model mine.*)$", README, re.MULTILINE)
     exact = [*options.split(), "--devices", "1", "--compile-only"]
     done = python([sys.executable, HERE / "bench.py", *exact], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -2318,12 +2318,12 @@ def test_readme_tables_are_those_of_the_committed_results():
 
 
 def test_readme_links_every_trap_to_its_test():
-    linked = re.findall(r"test_minifreeze\.py#(\w+)", readme())
+    linked = re.findall(r"test_minifreeze\.py#(\w+)", README)
     assert sorted(linked) == sorted(name for name in globals() if name.startswith("test_trap_"))
 
 
 def test_readme_links_lead_somewhere():
-    titles = re.findall(r"^##+ (.*)$", readme(), re.MULTILINE)
+    titles = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     links = re.findall(r"\]\(([^)]*)\)", prose())
     assert [link for link in links if link[0] == "#" and link[1:] not in anchors] == []
@@ -2333,7 +2333,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_readme_has_its_commands():
-    shell = "\n".join(re.findall(r"```sh\n([\s\S]*?)```", readme())).splitlines()
+    shell = "\n".join(re.findall(r"```sh\n([\s\S]*?)```", README)).splitlines()
     for script in ("minifreeze.py", "test_minifreeze.py", "bench.py"):
         assert f"uv run {script}" in shell
         assert (HERE / script).is_file()
@@ -2380,7 +2380,7 @@ def hole_mistakes() -> list[tuple[Any, Any]]:
 
 
 def test_readme_hole_errors_read_so_and_what_it_says_mends_them():
-    _, _, section = readme().partition("\n## When `Hole` turns up in an error\n")
+    _, _, section = README.partition("\n## When `Hole` turns up in an error\n")
     rows = re.findall(r"^\| (`.*?) \| .* \|$", section.partition("\n## ")[0], re.MULTILINE)
     for row, (wrong, mended) in zip(rows, hole_mistakes(), strict=True):
         with pytest.raises((TypeError, ValueError, AttributeError)) as error:
