@@ -515,7 +515,7 @@ def test_apply_agrees_with_numpy_at_any_depth_however_the_layers_are_sorted():
     noise = np.random.default_rng(0).normal(size=(12, 3, 3)).astype(np.float32)
     deep = {f"linear_{i}": {"w": noise[i], "b": np.float32([i, -0.5, 0.3])} for i in range(12)}
     assert list(jax.tree.map(np.shape, deep))[2] == "linear_10"
-    one = {"linear_0": deep["linear_3"]}
+    one = mf.init(jax.random.key(0), [3, 3])
     for params, shape in [(net().params, ()), (net().params, (2, 5)), (deep, (4,)), (one, (4,))]:
         x = jax.random.normal(jax.random.key(2), (*shape, 3))
         logits, want = jax.jit(mf.apply)(params, x), np.float32(numpy_logits(params, x))
