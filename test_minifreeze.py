@@ -740,6 +740,7 @@ def test_main_without_matplotlib_says_in_one_line_how_to_get_it(monkeypatch, cap
     for name in {"matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
     refused(["--steps", "1", "--plot", "x.png"], capsys, "pip install matplotlib")
+    mf.main(["--steps", "1"])  # needs none
 
 
 @processes
@@ -888,7 +889,6 @@ mf.dataset(jax.random.key(0), 0)  # ValueError: 0
 mf.dataset(jax.random.key(0), 5, 0)  # ValueError: 0
 mf.dataset(jax.random.key(0), 5, 2, 2.5)  # ValueError: 2.5
 """
-
 
 ROWS = re.findall(r"^(\S.*?)\s+# (\w+): (.+)$", BAD_INPUT, re.MULTILINE)
 
