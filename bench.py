@@ -11,8 +11,8 @@
     python bench.py --json run.json --plot run.png          # to keep
 
 It prints what it runs on, its tables, and the answer. Every step donates its state and is fed its
-own result. Cases are timed in rounds, in a shuffled order, and compared within a round; those that
-must take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
+own result. Rows are timed in shuffled rounds and compared within a round; those that must take the
+same step are shown to take it first. FLOPs and bytes are the compiled program's.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ import platform
 import re
 import runpy
 import signal
-import socket
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from argparse import Namespace as Options
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,19 +43,15 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.extend.backend import backends
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import keystr, tree_leaves_with_path
 
 import minifreeze as mf
 
 Tree: TypeAlias = Any
-Loss: TypeAlias = Callable[..., jax.Array]
-Step: TypeAlias = Callable[..., tuple[Tree, Any]]  # (state, *args) -> (state, loss)
-# jax leaves these without types
-config: Any = jax.config
-wait: Any = jax.block_until_ready
-Shape: Any = jax.ShapeDtypeStruct
-Spec: Any = PartitionSpec
+Function: TypeAlias = Callable[..., Any]
+untyped: Any = jax  # for what jax leaves without types
 
 SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
@@ -75,14 +69,20 @@ class Stop(Exception):
 
 
 class Problem(NamedTuple):
-    """What trains, by which ``loss(params, *batch)``; ``make(n)`` draws both for n devices."""
+    """What trains, by which ``loss(params, *batch)``; each device has a batch of so many rows."""
 
     name: str
     where: mf.Where
-    loss: Loss
-    make: Callable[[int], Any]
+    loss: Function
+    params: Tree
+    batch: tuple[Tree, ...]
+    rows: int
     sizes: tuple[int, ...] = ()  # of the MLP; a model of the user's has none
-    batch: int = 0  # its rows, for each device
+
+    def __str__(self) -> str:
+        trainable, frozen = mf.partition(self.where, self.params)
+        network = list(self.sizes) or f"\n{mf.summary(trainable=trainable, frozen=frozen)}"
+        return f"{self.name}: batch {self.rows}, trains {self.where} of {network}"
 
 
 PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
@@ -92,25 +92,17 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 }
 
 
-def mlp(name: str, sizes: Sequence[int], batch: int, where: mf.Where, dtype: str) -> Problem:
+def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, dtype: str) -> Problem:
     """The module's MLP, on noise."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = jax.jit(mf.init, static_argnums=(1, 2))(keys[0], sizes, dtype)
+    x = jax.random.normal(keys[1], (rows, sizes[0]), dtype)
+    y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
 
-    def make(devices: int) -> tuple[Tree, tuple[Tree, ...]]:
-        key_w, key_x, key_y = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(key_x, (devices * batch, sizes[0]), dtype)
-        y = jax.random.randint(key_y, (devices * batch,), 0, sizes[-1])
-        return jax.jit(mf.init, static_argnums=(1, 2))(key_w, tuple(sizes), dtype), (x, y)
+    def loss(params: Tree, *batch: jax.Array) -> Any:
+        return mf.loss_fn(*mf.partition("*", params), *batch)
 
-    def loss(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
-        return mf.loss_fn(*mf.partition("*", params), x, y)
-
-    return Problem(name, where, loss, make, tuple(sizes), batch)
-
-
-@lru_cache(maxsize=4)  # all that were ever drawn would fill the memory
-def drawn(make: Callable[[int], Any], devices: int = 1, abstract: bool = False) -> Any:
-    """Parameters and batch, or their shapes alone."""
-    return jax.eval_shape(lambda: make(devices)) if abstract else make(devices)
+    return Problem(name, where, loss, params, (x, y), rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
@@ -125,10 +117,10 @@ def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...])
     """
     trainable, frozen = mf.partition(problem.where, params)
 
-    def of_parts(trainable: Tree, frozen: Tree, *batch: Tree) -> jax.Array:
+    def of_parts(trainable: Tree, frozen: Tree, *batch: Tree) -> Any:
         return problem.loss(mf.merge(trainable, frozen), *batch)
 
-    def stopped(params: Tree, *batch: Tree) -> jax.Array:
+    def stopped(params: Tree, *batch: Tree) -> Any:
         trainable, frozen = mf.partition(problem.where, params)
         return of_parts(trainable, jax.lax.stop_gradient(frozen), *batch)
 
@@ -142,7 +134,7 @@ def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...])
     return params, batch, stopped if method.startswith("stop") else problem.loss, None
 
 
-def take_step(row: Row, loss: Loss, where: mf.Where, state: Tree, *args: Tree) -> Tree:
+def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tree) -> Tree:
     """On ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
     params, moments = state
     value, grads = jax.value_and_grad(loss)(params, *args)
@@ -168,11 +160,6 @@ def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) 
     return params, (mean, square, count)
 
 
-def started(params: Tree, moments: Tree) -> Tree:
-    """The state before the first step, in arrays of its own: a step deletes what it is given."""
-    return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, moments)
-
-
 # ---------------------------------------------------------------------------- the figures
 
 # Ratios are medians over rounds. FLOPs, bytes and shares are of one step on one device: `temp`,
@@ -194,9 +181,9 @@ class Row(SimpleNamespace):
 
     def __init__(self, *values: Any, **named: Any) -> None:
         usual = dict.fromkeys([*KEYS, "run", "once"]) | {"clip": False, "simulated": False}
-        usual |= {"devices": 1, "platform": jax.default_backend(), "optimizer": "sgd"}
+        usual |= {"platform": jax.default_backend(), "devices": 1, "optimizer": "sgd", "group": ""}
         usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
-        usual |= {"group": "", "batch": 1, "steps": SAMPLE_STEPS}
+        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS}
         super().__init__(**usual | dict(zip(KEYS, values)) | named)
 
     def figures(self) -> dict[str, Any]:
@@ -205,40 +192,27 @@ class Row(SimpleNamespace):
 
 def tree_bytes(tree: Tree) -> int:
     """The bytes of its arrays on one device."""
-    arrays = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
-    """The least FLOPs of a step: its matrix products, 2 x batch x in x out each.
+    """The least FLOPs of a step: its matrix products, 2 x batch x in x out each; None for a model.
 
     One a layer forward (``hoist`` has done those that need nothing that trains), one for the
     gradient of each ``w`` that trains, and one for that of each layer's input above the lowest
-    layer that trains. Elementwise work, the slack to XLA's count, is left out. None for a model
-    that is no MLP here.
+    layer that trains. Elementwise work, the slack to XLA's count, is left out.
     """
     if not problem.sizes:
         return None
-    trains = mf.mask("*" if method == "all" else problem.where, drawn(problem.make, 1, True)[0])
+    trains = mf.mask("*" if method == "all" else problem.where, problem.params)
     total, below = 0, False  # does something train below?
     for i, (n_in, n_out) in enumerate(pairwise(problem.sizes)):
         w, b = trains[f"linear_{i}"]["w"], trains[f"linear_{i}"]["b"]
         products = (method != "hoist" or below or w) + w + below
-        total += products * 2 * problem.batch * n_in * n_out
+        total += products * 2 * problem.rows * n_in * n_out
         below = below or w or b
     return total
-
-
-def least_bytes(loss: Loss, state: Tree, args: Tree, update: int) -> int:
-    """The least bytes that a step moves: its inputs read once, what changes written once.
-
-    Read: the parameters and the batch (of ``hoist``, the features) that the loss uses, and the
-    moments. Written: what trains, and its moments. All else may stay in a cache.
-    """
-    traced = jax.make_jaxpr(loss)(state, *args).jaxpr
-    used = {id(atom) for eqn in traced.eqns for atom in eqn.invars}
-    given = zip(traced.invars, jax.tree.leaves((state, args)))
-    return update + tree_bytes([leaf for var, leaf in given if id(var) in used])
 
 
 # An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
@@ -265,7 +239,11 @@ def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
 
 
 def note_program(row: Row, step: Any, *args: Tree) -> None:
-    """Compiles a jitted step and notes what XLA says of it."""
+    """Compiles a jitted step and notes what XLA says of it.
+
+    The least bytes that it moves: its arguments read once (XLA leaves out what is not used), and
+    what trains written once; of Adam's two moments those of what trains, read and written.
+    """
     start = time.perf_counter()
     compiled = step.lower(*args).compile()
     row.compile_s = time.perf_counter() - start
@@ -275,9 +253,12 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
     row.flops = int(flops) if flops >= (row.flops_min or 0) else None
     row.collective_bytes, row.sent_bytes = collective_bytes(compiled.as_text(), row.devices)
     if (memory := compiled.memory_analysis()) is not None:
-        row.temp_bytes, row.alias_bytes = memory.temp_size_in_bytes, memory.alias_size_in_bytes
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        row.memory_bytes = held - row.alias_bytes + row.temp_bytes
+        arguments, row.alias_bytes = memory.argument_size_in_bytes, memory.alias_size_in_bytes
+        results, row.temp_bytes = memory.output_size_in_bytes, memory.temp_size_in_bytes
+        row.memory_bytes = arguments + results - row.alias_bytes + row.temp_bytes
+        if row.trainable_bytes is not None:
+            copies = 5 if row.moment_bytes else 1
+            row.bytes_min = arguments - row.moment_bytes + copies * row.trainable_bytes
 
 
 def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -> None:
@@ -313,45 +294,46 @@ def note_comparisons(rows: Sequence[Row]) -> None:
 def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> None:
     """Compiles a method's step, on the rows of ``row.devices``, for the default one or others.
 
-    Those share a batch by rows, a ``sharded`` parameter by its first axis that they divide. Of
-    what is simulated the arrays are shapes alone.
+    Those share by rows a batch that has each row once for each of them, and a ``sharded``
+    parameter by its first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
 
     def put(sharded: bool, leaf: Any) -> Any:
         axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
-        spec = Spec(*[None] * axes[0], "data") if sharded and axes else Spec()
-        place = NamedSharding(Mesh(np.array(devices), ("data",)), spec)
-        shape = Shape(leaf.shape, leaf.dtype, sharding=place)
+        spec = [*[None] * axes[0], "data"] if sharded and axes else []
+        place = NamedSharding(Mesh(devices, "data"), untyped.sharding.PartitionSpec(*spec))
+        shape = untyped.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return shape if row.simulated else jax.device_put(leaf, place)
 
-    row.batch = problem.batch * row.devices
-    params, batch = drawn(problem.make, row.devices, row.simulated)
-    count = jnp.zeros((), jnp.int32)
+    def repeated(leaf: Any) -> Any:  # a random key serves all devices
+        by_rows = leaf.shape[:1] == (problem.rows,)
+        return jnp.repeat(leaf, row.devices, axis=0) if by_rows else leaf
+
+    row.batch, shaped = problem.rows * row.devices, partial(jax.eval_shape, repeated)
+    batch = jax.tree.map(shaped if row.simulated else repeated, problem.batch)
+    params, count = problem.params, jnp.int32(0)
     if devices:
         params = jax.tree.map(partial(put, row.layout == "sharded"), params)
         batch = jax.tree.map(lambda leaf: put(leaf.shape[:1] == (row.batch,), leaf), batch)
         count = put(False, count)
     start, args, loss, once = way_of(row.method, problem, params, batch)
-    trains, _ = mf.partition("*" if row.method == "all" else problem.where, params)
-    row.flops_min, row.trainable_bytes = least_flops(problem, row.method), tree_bytes(trains)
-    copies = 5 if row.optimizer == "adam" else 1  # what trains, and two moments both ways
-    row.bytes_min = least_bytes(loss, start, args, copies * row.trainable_bytes)
-    state = start, (start, start, count) if row.optimizer == "adam" else ()
-    row.fresh = partial(started, *state)
-    places = (jax.tree.map(lambda leaf: leaf.sharding, state), None) if devices else None
+    moments = (start, start, count) if row.optimizer == "adam" else ()
+    trains = problem.where if row.method != "all" else "*"
+    row.trainable_bytes = tree_bytes(mf.partition(trains, params)[0])
+    row.flops_min, row.moment_bytes = least_flops(problem, row.method), tree_bytes(moments)
+    places = (jax.tree.map(lambda leaf: leaf.sharding, (start, moments)), None) if devices else None
     donated = () if row.method.endswith("not donated") else (0,)
     take = partial(take_step, row, loss, problem.where)
     step = jax.jit(take, donate_argnums=donated, out_shardings=places)
-    note_program(row, step, state, *args)
-
-    def read(state: Tree) -> Tree:
-        # Adam's first step is the gradients' sign, which a rounding turns: take its moment.
-        tree = state[1][0] if state[1] else state[0]
-        return mf.partition(problem.where, tree)[0] if row.method == "all" else tree
-
+    note_program(row, step, (start, moments), *args)
+    # Each time in new arrays: a step deletes what it is given.
+    row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, moments))
+    row.run = None if row.simulated else partial(repeat, step, args)
+    # Adam's first step is the gradients' sign, which a rounding turns: its moment is compared.
+    compared = problem.where if row.method == "all" else "*"
+    row.read = lambda state: mf.partition(compared, (state[1] or state)[0])[0]
     # Clipped, `all` stands alone: a norm over all is another than one over what trains.
     row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
-    row.run, row.read = None if row.simulated else partial(repeat, step, args), read
     if once is not None:
         row.once = Row(run=partial(repeat, lambda state: (state, once()), ()))
         row.kept_bytes = tree_bytes(args[1])
@@ -360,7 +342,7 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
             row.remark = "what it draws at random is drawn once, and fixed"
 
 
-def repeat(step: Step, args: Sequence[Tree], state: Tree, steps: int) -> tuple[Tree, Any]:
+def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int) -> Any:
     for _ in range(steps):
         state, loss = step(state, *args)
     return state, loss
@@ -379,7 +361,7 @@ def outliving(row: Row) -> Iterator[None]:
         row.remark, row.run = "out of memory", None
 
 
-def measure(rows: Sequence[Row], options: Options) -> None:
+def measure(rows: Sequence[Row], options: Namespace) -> None:
     """Makes rows, shows that they agree, and times them in rounds."""
     first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
@@ -387,24 +369,23 @@ def measure(rows: Sequence[Row], options: Options) -> None:
             row.make(row)
             if row.run:
                 check_agreement(row, first)
-    if any(row.run for row in rows):
-        rates = probes(options.dtype)
-        time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
-        timed = [row for row in rows if row.run]
-        bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
-        for row in timed:
-            base = bases.get((row.clip, row.optimizer), [])
-            note_times(row, base, *(probe.batch / min(probe.samples) for probe in rates))
+    rates = probes(options.dtype) if any(row.run for row in rows) else []
+    time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
+    timed = [row for row in rows if row.run]
+    bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
+    for row in timed:
+        base = bases.get((row.clip, row.optimizer), [])
+        note_times(row, base, *(probe.batch / min(probe.samples) for probe in rates))
 
 
 @cache
 def probes(dtype: str) -> list[Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
-    matrix, vector = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
-    rows = [Row(batch=2 * n**3), Row(batch=3 * vector.nbytes)]
-    steps: list[Step] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
-    for row, step, start in zip(rows, steps, (matrix, vector)):
+    starts = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
+    steps: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
+    rows = [Row(batch=2 * n**3), Row(batch=3 * starts[1].nbytes)]
+    for row, step, start in zip(rows, steps, starts):
         row.run = partial(repeat, jax.jit(step, donate_argnums=0), (start,))
         row.fresh = partial(jnp.copy, start)
     return rows
@@ -416,23 +397,19 @@ def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
     for row in order:
         row.samples = []
     gc.disable()  # it would go through all that JAX has loaded
-    try:
-        for _ in range(rounds):
-            shuffle(order)
-            for row in order:
+    for _ in range(rounds):
+        shuffle(order)
+        for row in order:
+            with outliving(row):
                 if row.run:
-                    with outliving(row):
-                        sample(row)
-    finally:
-        gc.enable()
+                    sample(row)
+    gc.enable()
 
 
 def sample(row: Row) -> None:
-    """Takes a sample that is long enough: process 0's time, for all must take as many steps.
-
-    One untimed step goes before it, and brings back into the caches what others displaced.
-    """
-    state, _ = wait(row.run(row.fresh(), 1))
+    """Takes a sample that is long enough: process 0's time, for all must take as many steps."""
+    wait = untyped.block_until_ready
+    state, _ = wait(row.run(row.fresh(), 1))  # untimed: it fills the caches that others emptied
     start = time.perf_counter()
     wait(row.run(state, row.steps))
     took = np.float32(time.perf_counter() - start)
@@ -470,118 +447,110 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
 
 def on_host(tree: Tree) -> dict[str, np.ndarray]:
     """Every array by its name, whole."""
-    gather, host = partial(multihost_utils.process_allgather, tiled=True), {}
-    for path, leaf in tree_flatten_with_path(tree)[0]:
-        name = keystr(path, simple=True, separator="/")
-        host[name] = np.asarray(leaf if leaf.is_fully_addressable else gather(leaf))
-    return host
+    leaves = {
+        keystr(path, simple=True, separator="/"): x for path, x in tree_leaves_with_path(tree)
+    }
+    whole = partial(multihost_utils.process_allgather, tiled=True)
+    return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves.items()}
 
 
 # ----------------------------------------------------------------------------- the tables
+# Each gives the rows that are timed together, before they are made.
 
-Rows: TypeAlias = Iterator[list[Row]]  # those that are timed together, before they are made
 
-
-def methods_table(options: Options, problems: Sequence[Problem]) -> Rows:
+def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a step, by how layers are held still"""
-    usual = options.optimizer or "sgd"
     for problem in problems:
         # Of a model of the user's, nobody knows whether there is something to hoist.
         same = problem.sizes and least_flops(problem, "hoist") == least_flops(problem, "partition")
         *ways, not_donated = [way for way in WAYS if not (same and way == "hoist")]
-        kinds = [(way, False, usual) for way in ways]
+        kinds = [(way, False, options.usual) for way in ways]
         if problem is problems[-1]:
-            kinds += [(not_donated, False, usual), *((way, True, usual) for way in ways)]
+            kinds += [(not_donated, False, options.usual)]
+            kinds += [(way, True, options.usual) for way in ways]
             kinds += [(way, False, "adam") for way in ways[:-2] if options.optimizer is None]
         new = partial(Row, "methods", problem.name, make=partial(prepare, problem))
         yield [new(way, clip, optimizer=optimizer) for way, clip, optimizer in kinds]
 
 
-def prefix_table(options: Options, problems: Sequence[Problem]) -> Rows:
+def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a step, by how many layers from the first are frozen"""
     problem, rows = problems[-1], list[Row]()
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
     for n, way in [(0, "all"), *product(range(1, len(layers)), ("partition", "hoist"))]:
         make = partial(prepare, problem._replace(where=layers[n:]))
-        optimizer = options.optimizer or "sgd"
-        rows += [Row("prefix", f"{problem.name}, {n} frozen", way, make=make, optimizer=optimizer)]
+        what = f"{problem.name}, {n} frozen"
+        rows += [Row("prefix", what, way, make=make, optimizer=options.usual)]
     yield rows
 
 
-def devices_table(options: Options, problems: Sequence[Problem]) -> Rows:
+def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
     for devices, problem in product(meshes(options), problems[-2:]):
-        count, kind, optimizer = len(devices), devices[0].platform, options.optimizer or "sgd"
-        simulated = bool(options.compile_only) or (kind == "cpu" and count > jax.process_count())
-        leaves = jax.tree.leaves(drawn(problem.make, 1, True)[0])
-        divides = count > 1 and any(n % count == 0 for leaf in leaves for n in leaf.shape)
-        new = partial(Row, platform=kind, devices=count, simulated=simulated, optimizer=optimizer)
+        n, kind = len(devices), devices[0].platform
+        simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
+        new = partial(Row, platform=kind, devices=n, simulated=simulated, optimizer=options.usual)
         # One device, with as many rows, must take the same step; it is not shown.
         alone = [] if simulated else [new("", problem.name, "all", make=partial(prepare, problem))]
         new = partial(new, "devices", problem.name, make=partial(prepare, problem, devices=devices))
+        leaves = jax.tree.leaves(problem.params)
+        divides = n > 1 and any(axis % n == 0 for leaf in leaves for axis in leaf.shape)
         for layout in ("replicated", "sharded")[: 1 + divides]:
             yield alone + [new(way, layout=layout) for way in ("all", "partition")]
-    if not (options.devices or options.compile_only) and jax.process_count() == 1:
+    if not options.devices and jax.process_count() == 1:
         # In this process simulated devices would disturb all else.
         spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
         worker = ProcessPoolExecutor(1, spawn, signal.signal, ignore)
         yield [Row(**figures) for figures in worker.submit(simulated_rows, options).result()]
 
 
-def meshes(options: Options) -> Iterator[list[jax.Device]]:
+def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
     """Of each platform 1, 2, 4, ... devices, as many of each process."""
-    usual, processes = jax.default_backend(), jax.process_count()
-    alone = processes > 1 or options.devices or options.compile_only
-    for kind in dict.fromkeys((usual,) if alone else (usual, "cpu", "gpu", "tpu")):
-        with contextlib.suppress(RuntimeError):  # "Unknown backend"
-            devices = jax.devices(kind)
-            own = [[d for d in devices if d.process_index == i] for i in range(processes)]
-            counts = {1, len(devices), *(processes * 2**i for i in range(20))}
-            if kind == usual and len(devices) == 1:
-                counts = set()  # it is in the other tables
-            for n in options.devices or sorted(n for n in counts if n <= len(devices)):
-                yield [d for some in own for d in some[: n // processes]] or devices[:1]
+    usual, processes = jax.devices(), jax.process_count()
+    alone = processes > 1 or options.devices
+    for devices in [usual] if alone else map(jax.devices, backends()):
+        own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+        counts = {1, len(devices), *(processes * 2**i for i in range(20))}
+        if devices == usual and len(devices) == 1:
+            counts = set()  # it is in the other tables
+        for n in options.devices or sorted(n for n in counts if n <= len(devices)):
+            yield [d for some in own for d in some[: n // processes]] or devices[:1]
 
 
-def simulated_rows(options: Options) -> list[dict[str, Any]]:
+def simulated_rows(options: Namespace) -> list[dict[str, Any]]:
     """The figures of eight simulated CPU devices."""
-    options.devices, options.compile_only = [8], True
+    vars(options).update(devices=[8], compile_only=True, json=None, plot=None)
     rows = [row for group in devices_table(options, set_up(options)) for row in group]
     measure(rows, options)
     return [row.figures() for row in rows]
 
 
-def run_table(options: Options, problems: Sequence[Problem]) -> Rows:
+def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """the walk-through's 10,000 steps, each: by `train_step`, and by Haiku's"""
     problem = mlp("seed", *PROBLEMS["seed"], options.dtype)
-    xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.batch)
+    xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.rows)
     batches = xs.astype(options.dtype), ys
-    ours = partial(prepare_run, *mf.partition(problem.where, drawn(problem.make)[0]), batches)
+    ours = partial(prepare_run, *mf.partition(problem.where, problem.params), batches)
     makes = {"loop": partial(ours, mf.train_step), "scan": partial(ours, mf.train)}
     if "peers" in options.tables:
         makes |= peers().run(sys.modules[__name__], problem, batches)
     yield [Row("run", "seed", way, steps=RUN_STEPS, make=make) for way, make in makes.items()]
 
 
-def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Step, row: Row) -> None:
+def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: Row) -> None:
     """Makes a step that is called for each batch or, a scan, with them all."""
-    scan, jitted = row.method.endswith("scan"), jax.jit(step, donate_argnums=0)
-    one_by_one = list(zip(*batches))
+    jitted, loop = jax.jit(step, donate_argnums=0), list(zip(*batches))
+    scan = row.method.endswith("scan")
 
     def run(state: Tree, steps: int) -> Any:
-        for batch in [[column[:steps] for column in batches]] if scan else one_by_one[:steps]:
+        for batch in [[column[:steps] for column in batches]] if scan else loop[:steps]:
             state, loss = jitted(state, frozen, *batch)
         return state, loss
 
-    row.run, row.fresh, row.batch = run, lambda: started(state, ())[0], batches[1].shape[1]
-    note_program(row, jitted, state, frozen, *(batches if scan else one_by_one[0]))
+    row.run, row.fresh = run, partial(jax.tree.map, jnp.copy, state)
+    row.batch = batches[1].shape[1]
+    note_program(row, jitted, state, frozen, *(batches if scan else loop[0]))
     row.flops = None if scan else row.flops  # of a loop XLA counts the body once
-
-
-def peers_table(options: Options, problems: Sequence[Problem]) -> Rows:
-    """the same step in other libraries, in the forms that they recommend"""
-    for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
-        yield peers().rows(sys.modules[__name__], problem)
 
 
 def peers() -> Any:
@@ -589,14 +558,20 @@ def peers() -> Any:
         return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
 
 
-# Each with what it uses of the options that not all tables use.
-MANY = "sizes batch train freeze optimizer model devices compile_only cluster coordinator"
-TABLES: dict[str, tuple[Callable[[Options, Sequence[Problem]], Rows], str]] = {
-    "methods": (methods_table, "sizes batch train freeze optimizer model"),
-    "prefix": (prefix_table, "sizes batch optimizer"),
-    "devices": (devices_table, MANY),
-    "run": (run_table, ""),
-    "peers": (peers_table, "sizes batch train freeze"),
+def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
+    """the same step in other libraries, in the forms that they recommend"""
+    for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
+        yield peers().rows(sys.modules[__name__], problem)
+
+
+# Each with the options that it has no use for.
+DEVICES = "devices compile_only cluster coordinator"
+TABLES: dict[str, tuple[Function, str]] = {
+    "methods": (methods_table, DEVICES),
+    "prefix": (prefix_table, f"train freeze model {DEVICES}"),
+    "devices": (devices_table, ""),
+    "run": (run_table, f"sizes batch train freeze optimizer model {DEVICES}"),
+    "peers": (peers_table, f"optimizer model {DEVICES}"),
 }
 
 # ---------------------------------------------------------------- options and the cluster
@@ -617,16 +592,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def writable(file: str) -> str:
-    with refusing(f"{file}: cannot be written"):
-        if not file or (os.path.exists(file) and not os.path.isfile(file)):
-            raise OSError("it is no regular file")
-        open(file + PART, "xb").close()
-        os.remove(file + PART)
-    return os.path.realpath(file)
+def file(text: str) -> str:
+    if not text or (os.path.exists(text) and not os.path.isfile(text)):
+        raise ArgumentTypeError(f"{text!r} is no regular file")
+    return os.path.realpath(text)
 
 
-def parse(argv: Sequence[str] | None) -> Options:
+def parse(argv: Sequence[str] | None) -> Namespace:
     """The options, with the tables that are asked for or all that use every option given."""
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
     parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0])
@@ -647,47 +619,41 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
     add("--processes", type=positive, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
-    add("--json", type=writable, metavar="FILE", help="the results")
-    add("--plot", type=writable, metavar="FILE", help="a picture of the tables prefix and methods")
+    add("--json", type=file, metavar="FILE", help="the results")
+    add("--plot", type=file, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    ignored = {table: {*MANY.split()} - {*words.split()} for table, (_, words) in TABLES.items()}
-    usual = [table for table in TABLES if table != "peers" and not given & ignored[table]]
+    unused = {name: words.split() for name, (_, words) in TABLES.items()}
+    usual = [name for name in TABLES if name != "peers" and not given.intersection(unused[name])]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
     options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
-    ignored |= {"model": {"sizes", "batch", "dtype"}, "cluster": {"coordinator"}}
-    ignored |= {"compile_only": {"cluster", "coordinator", "rounds"}}
-    for user in [*options.tables, *sorted(given & {"model", "cluster", "compile_only"})]:
-        for name in sorted(given & ignored[user]):
+    unused |= {"model": ["sizes", "batch", "dtype"], "cluster": ["coordinator"]}
+    unused |= {"compile_only": ["cluster", "coordinator", "rounds"]}
+    modes = sorted(given & {"model", "cluster", "compile_only"})
+    for user, name in product([*options.tables, *modes], sorted(given)):
+        if name in unused[user]:
             parser.error(f"--{name} is not used with {user}".replace("_", "-"))
-    hand, counts = (options.coordinator, options.processes, options.process), options.devices or []
-    address = re.fullmatch(r".+:(\d{1,5})", options.coordinator or "")
-    whole = address and int(address[1]) < 2**16 and hand[2] in range(hand[1] or 0)
-    pictured, patterns = {"prefix", "methods"}.intersection(options.tables), {"train", "freeze"}
+    counts, port = options.devices or [], (options.coordinator or ":1").rpartition(":")[2]
+    pictured = {"prefix", "methods"}.intersection(options.tables)
     refusals: dict[str, Any] = {
-        "JAX_DISABLE_JIT is set, and nothing would be compiled": config.jax_disable_jit,
-        "--coordinator HOST:PORT, --processes N and --process 0 .. N - 1 go together": not whole
-        and hand.count(None) < 3,
+        "JAX_DISABLE_JIT is set, and nothing would be compiled": untyped.config.jax_disable_jit,
+        "--coordinator must be HOST:PORT": not port.isdecimal() or int(port) >= 2**16,
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
-        "--model needs --train or --freeze": options.model and not given & patterns,
+        "--model needs --train or --freeze": options.model and not given & {"train", "freeze"},
         "--plot draws the tables prefix and methods": options.plot and not pictured,
         "--json and --plot name the same file": options.json and options.json == options.plot,
     }
-    for why, wrong in refusals.items():
-        if wrong:
-            parser.error(why)
-    if options.plot:
-        with refusing("--plot takes matplotlib (uv run --with matplotlib bench.py) and x.png"):
-            from matplotlib.figure import Figure
-
-            Figure().canvas.get_supported_filetypes()[Path(options.plot).suffix[1:].lower()]
+    for why in (why for why, wrong in refusals.items() if wrong):
+        parser.error(why)
     if "peers" in options.tables:
         peers()
     options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
+    options.usual = options.optimizer or "sgd"
+    options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
     return options
 
 
-def problems_of(options: Options) -> list[Problem]:
+def problems_of(options: Namespace) -> list[Problem]:
     """The problems that are asked for, of which something trains."""
     turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
     where, chosen, problems = options.train or turned, PROBLEMS, list[Problem]()
@@ -697,11 +663,12 @@ def problems_of(options: Options) -> list[Problem]:
         chosen = {}
         with refusing(f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"):
             problems = [load_model(options.model, where)]
-    for name, (sizes, batch, usual) in chosen.items():
-        problems += [mlp(name, sizes, options.batch or batch, where or usual, options.dtype)]
+    for name, (sizes, rows, usual) in chosen.items():
+        with refusing(name):
+            problems += [mlp(name, sizes, options.batch or rows, where or usual, options.dtype)]
     for problem in problems:
         with refusing(problem.name):
-            mf.partition(problem.where, drawn(problem.make, 1, True)[0])
+            mf.partition(problem.where, problem.params)
     return problems
 
 
@@ -712,17 +679,10 @@ def load_model(spec: str, where: mf.Where) -> Problem:
     params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
     jax.eval_shape(jax.grad(loss), params, *batch)
     rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
-
-    def again(devices: int, leaf: jax.Array) -> jax.Array:  # a random key serves all devices
-        return jnp.concatenate([leaf] * devices) if leaf.shape[:1] == (rows,) else leaf
-
-    def make(devices: int) -> tuple[Tree, tuple[Tree, ...]]:
-        return params, jax.tree.map(partial(again, devices), batch)
-
-    return Problem(Path(file).stem, where, loss, make, batch=rows)
+    return Problem(Path(file).stem, where, loss, params, batch, rows)
 
 
-def set_up(options: Options) -> list[Problem]:
+def set_up(options: Namespace) -> list[Problem]:
     """Makes or joins the devices that are asked for, and gives the problems.
 
     All processes end where one refuses, or was given other options than process 0.
@@ -730,14 +690,16 @@ def set_up(options: Options) -> list[Problem]:
     if options.compile_only:
         flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
         os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-        config.update("jax_platforms", "cpu")
+        untyped.config.update("jax_platforms", "cpu")
         options.devices = options.devices or [1, 2, 4, 8]
-        config.update("jax_num_cpu_devices", max(options.devices))
-    if options.cluster or options.coordinator:
+        untyped.config.update("jax_num_cpu_devices", max(options.devices))
+    if options.cluster:
         join_cluster(options)
     problems, refusal, processes = list[Problem](), "", jax.process_count()
     try:
         problems = problems_of(options)
+        with refusing("--json, --plot (uv run --with matplotlib bench.py)"):
+            write(options, {}, [], "")
         for count in options.devices or []:
             if count > jax.device_count() or (count > 1 and count % processes):
                 there = f"there are {jax.device_count()} in {processes} processes, {jax.devices()}"
@@ -745,36 +707,27 @@ def set_up(options: Options) -> list[Problem]:
     except Stop as stop:
         refusal = stop.args[1]
     own = ("json", "plot", "process")
-    given = [f"--{name} {value}" for name, value in vars(options).items() if name not in own]
-    told = np.frombuffer(json.dumps([refusal, *given]).ljust(2**14).encode(), np.uint8)
+    given = {name: value for name, value in vars(options).items() if name not in own}
+    told = np.frombuffer((refusal or str(given)).ljust(2**14).encode(), np.uint8)
     texts = multihost_utils.process_allgather(told).reshape(processes, -1)
-    first, *others = [json.loads(text.tobytes()) for text in texts]
+    first, *others = [text.tobytes().decode().strip() for text in texts]
     for i, theirs in enumerate(others, 1):
-        for mine, other in zip(first, theirs):
-            if mine != other:
-                raise Stop(2, f"error: process {i}: {other!r}; process 0: {mine!r}")
+        if theirs != first:
+            raise Stop(2, f"error: process {i}: {theirs}; process 0: {first}")
     if refusal:
         raise Stop(2, refusal)
     return problems
 
 
-def join_cluster(options: Options) -> None:
+def join_cluster(options: Namespace) -> None:
     """Joins the other processes, and ends with them: JAX gives up on one silent for 100 s.
 
     It ends this process itself, by a C++ stack, where others do not come within JOIN_S, come
     twice, or die: that cannot be caught.
     """
-    host, _, port = (options.coordinator or "").rpartition(":")
-    end = time.monotonic() + JOIN_S
-    while options.process:  # JAX would end it so where there is no process 0, too
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
-            break
-        if time.monotonic() > end:
-            raise Stop(1, f"no answer from {options.coordinator} in {JOIN_S} s")
-        time.sleep(0.1)
-    config.update("jax_cpu_collectives_implementation", "gloo")
+    untyped.config.update("jax_cpu_collectives_implementation", "gloo")
     named = options.coordinator, options.processes, options.process
-    with refusing("--cluster: none found, --coordinator names one"):
+    with refusing("--cluster, or --coordinator HOST:PORT --processes N --process 0 .. N - 1"):
         jax.distributed.initialize(*named, initialization_timeout=JOIN_S)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, for checkpoints
     if jax.process_index() != 0:  # process 0 alone prints and writes
@@ -791,39 +744,31 @@ TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s"
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Three digits with a prefix, or a share; nothing for None.
+    """Three digits with a prefix, or a ratio; nothing for None.
 
-    >>> quantity(0.0012345, "s"), quantity(999.9, "B"), quantity(0.345, "x"), quantity(0.345, "%")
-    ('1.23 ms', '1.00 kB', '0.345x', '34%')
+    >>> quantity(0.0012345, "s"), quantity(999.9, "B"), quantity(0.345, "x")
+    ('1.23 ms', '1.00 kB', '0.345x')
     """
     if value is None:
         return ""
-    if unit in ("x", "%"):
-        return f"{value:#.3g}".rstrip(".") + "x" if unit == "x" else f"{value:.0%}"
-    power = int(f"{value:.2e}".partition("e")[2]) // 3  # of the rounded value
+    power = 0 if unit == "x" else int(f"{value:.2e}".partition("e")[2]) // 3  # once rounded
     digits = f"{value / 1000**power:#.3g}".rstrip(".")
-    return f"{digits} {' kMGTPfpnµm'[power].strip()}{unit}".rstrip()
-
-
-def about(problem: Problem) -> str:
-    """What is trained, on what."""
-    trainable, frozen = mf.partition(problem.where, drawn(problem.make, 1, True)[0])
-    network = list(problem.sizes) or f"\n{mf.summary(trainable=trainable, frozen=frozen)}"
-    return f"{problem.name}: batch {problem.batch}, trains {problem.where} of {network}"
+    return digits + f" {' kMGTPfpnµm'[power].strip()}{unit}".rstrip().replace(" x", "x")
 
 
 def label(row: Row) -> str:
     """A row's method and what is special about it."""
-    clipped = "clipped" if row.clip and "clip" not in row.method else ""
-    adam = "adam" if row.optimizer == "adam" else ""
-    return ", ".join(filter(None, (row.method, clipped, adam, row.layout)))
+    words = [row.method, "adam" * (row.optimizer == "adam"), row.layout]
+    words[1:1] = ["clipped"] if row.clip and "clip" not in row.method else []
+    return ", ".join(filter(None, words))
 
 
-def lines(row: Row) -> str:
+def line(row: Row) -> str:
     """A row under ``TITLES``, and below it what it has no columns for."""
     where = row.problem + f" on {row.devices}" * (row.table == "devices")
-    values = row.step_s, row.vs_all, row.roofline_share, row.rows_per_s, row.flops, row.memory_bytes
-    cells = map(quantity, values, ("s", "x", "%", "", "", "B"))
+    values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
+    cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
+    cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
     return "\n    ".join((LINE.format(where, label(row), *cells).rstrip(), *notes(row)))
 
 
@@ -833,7 +778,7 @@ def notes(row: Row) -> Iterator[str]:
         kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio:.1f}x its own)"
         yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
     if row.devices > 1:
-        results, sent = (quantity(n, "B") for n in (row.collective_bytes, row.sent_bytes))
+        results, sent = quantity(row.collective_bytes, "B"), quantity(row.sent_bytes, "B")
         pace = f", each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
         simulated = "simulated: " * row.simulated
         yield f"{simulated}collectives' results {results}, sent by each in a ring {sent}{pace}"
@@ -842,7 +787,7 @@ def notes(row: Row) -> Iterator[str]:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """What to decide by, in three lines that stand alone."""
+    """What to decide by, in three lines that stand alone: the last problem of each table."""
     said, last = dict[str, list[str]](), {row.table: row.problem for row in rows}
     for row in rows:
         usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
@@ -855,41 +800,39 @@ def answers(rows: Sequence[Row]) -> list[str]:
     return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 
 
-def card(options: Options) -> dict[str, Any]:
+def card(options: Namespace) -> dict[str, Any]:
     """What the figures depend on."""
-    device, cpu = jax.devices()[0], platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        (cpu,) = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[:1] or [cpu]
-    rates = [] if options.compile_only else probes(options.dtype)
+    rates, device = [] if options.compile_only else probes(options.dtype), jax.devices()[0]
     time_in_rounds(rates, 3)
+    peaks = [probe.batch / min(probe.samples) for probe in rates] or [None, None]
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
     facts = {module.__name__: module.__version__ for module in (jax, jaxlib, np)}
     facts |= {"python": platform.python_version(), "platform": device.platform}
     facts |= {"device_kind": device.device_kind, "device_count": jax.device_count()}
-    facts |= {"processes": jax.process_count(), "cpu": f"{cpu.strip()}, {os.cpu_count()} cores"}
-    facts |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "dtype": options.dtype}
-    peaks = [probe.batch / min(probe.samples) for probe in rates] or [None, None]
-    return facts | dict(zip(("peak_flops", "peak_bytes_per_s"), peaks))
+    facts |= {"processes": jax.process_count(), "cpu": cpu, "date": time.strftime("%Y-%m-%d")}
+    return facts | {"dtype": options.dtype, "peak_flops": peaks[0], "peak_bytes_per_s": peaks[1]}
 
 
-def write(options: Options, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
-    """Writes the files that are asked for, each in one piece."""
+def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
+    """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
     if options.json:
         results = {"card": facts, "complete": ended == "complete", "ended": ended}
         results["rows"] = [row.figures() for row in rows]
         Path(options.json + PART).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        os.replace(options.json + PART, options.json)
-    pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
-    if options.plot and pictured:
-        figure = drawing(pictured)
-        figure.savefig(options.plot + PART, dpi=200, format=Path(options.plot).suffix[1:].lower())
-        os.replace(options.plot + PART, options.plot)
+    if options.plot:
+        kind = Path(options.plot).suffix[1:].lower()
+        drawing([row for row in rows if row.step_s]).savefig(options.plot + PART, format=kind)
+    for file in filter(None, (options.json, options.plot)):
+        os.replace(file + PART, file) if rows else os.remove(file + PART)
 
 
 def drawing(rows: Sequence[Row]) -> Any:
     """Time against frozen layers, a line a method, and beside it the last problem's methods."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=200)
     left, right = figure.subplots(1, 2)
     for way in ("partition", "hoist"):
         prefix = [row for row in rows if row.table == "prefix" and row.method in ("all", way)]
@@ -906,7 +849,7 @@ def drawing(rows: Sequence[Row]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, facts, rows = Options(), dict[str, Any](), list[Row]()
+    options, facts, rows = Namespace(), dict[str, Any](), list[Row]()
     code, ended, say = 0, "complete", partial(print, flush=True)
     try:
         options = parse(argv)
@@ -916,29 +859,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(*(f"{key} {value}" for key, value in short.items()), sep=", ")
         for table in options.tables:
             make, _ = TABLES[table]
-            say(f"\n{table}: {make.__doc__}", *map(about, problems), MEANS, TITLES, sep="\n")
+            say(f"\n{table}: {make.__doc__}", *problems, MEANS, TITLES, sep="\n")
             for group in make(options, problems):
                 measure(group, options)
                 rows += [row for row in group if row.table]
                 note_comparisons([row for row in rows if row.table == table])
-                say(*(lines(row) for row in group if row.table), sep="\n")
+                say(*(line(row) for row in group if row.table), sep="\n")
     except Stop as stop:
         code, ended = stop.args
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
-    except OSError as error:  # stdout is gone: `| head`, a full device
-        code, ended = 1, str(error)
-    except Exception as error:
+    except Exception as error:  # also an OSError: stdout is gone, `| head`
         code, ended = 1, repr(error)
-        if jax.process_count() == 1:
+        if not isinstance(error, OSError):
             sys.excepthook(*sys.exc_info())
     try:
         if rows:
             write(options, facts, rows, ended)
-            for text in answers(rows):
-                say(text)
+            say("", *answers(rows), sep="\n")
     except OSError as error:
-        code, ended = code or 1, str(error)
+        code, ended = code or 1, repr(error)
     if code:
         say(f"bench.py: {ended}", file=sys.stderr)
     for child in multiprocessing.active_children():

@@ -1883,7 +1883,7 @@ def test_bench_least_bytes_with_adams_moments_by_hand(method, trains):
     problem = bench.mlp("mlp", (3, 5, 2), 4, ["linear_1"], "float32")
     read = 4 * (20 + 12 + 12 + 4)
     if method == "hoist":  # the head, the bias below, 4 x 5 products, what stands for the labels
-        kept = bench.way_of(method, problem, *bench.drawn(problem.make))[1][1]
+        kept = bench.way_of(method, problem, problem.params, problem.batch)[1][1]
         read = 4 * (12 + 5) + sum(array.nbytes for array in kept)
         assert 4 * (17 + 20) < read <= 4 * (17 + 20 + 8)
     bench.prepare(problem, row := bench.Row("methods", "mlp", method, optimizer="adam"))
@@ -1892,7 +1892,7 @@ def test_bench_least_bytes_with_adams_moments_by_hand(method, trains):
 
 def test_bench_adam_is_kingmas_and_bas():
     start = jnp.array([1.0, -2.0])
-    params, moments = bench.started(start, (start, start, jnp.int32(9)))
+    params, moments = start, (0 * start, 0 * start, jnp.int32(0))
     mean, square, wanted = 0, 0, np.array(start)
     for t, g in enumerate([[0.5, -1.0], [0.25, 3.0]], 1):
         params, moments = bench.adam(params, jnp.array(g), *moments)
@@ -2114,10 +2114,10 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
     rows = [(r["problem"], r["layout"]) for r in rows_of(models.with_suffix(".json"))]
     assert (code, rows) == (0, [("mine", "replicated")] * 2)
     problem = bench.load_model(f"{models}:random", "head")
-    _, (x, key) = problem.make(3)
-    assert (x.shape, key.shape) == ((12, 3), ())
-    bench.prepare(problem, row := bench.Row("methods", "mine", "hoist"))
+    bench.prepare(problem, row := bench.Row("methods", "mine", "hoist", devices=3))
     assert (row.remark, row.flops_min) == ("what it draws at random is drawn once, and fixed", None)
+    bench.prepare(problem, row := bench.Row("methods", "mine", "all", devices=3))
+    assert row.run.args[1][0].shape == (12, 3)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -2129,11 +2129,10 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
     ("--sizes 8 4 --tables run", "--sizes is not used with run"),
     ("--train * --tables prefix", "--train is not used with prefix"),
     ("--compile-only --rounds 3", "--rounds is not used with compile-only"),
-    ("--coordinator a:99999 --processes 2 --process 0", "--coordinator HOST:PORT"),
-    ("--coordinator a:1 --processes 2 --process 2", "--process 0 .. N - 1"),
-    ("--json {}/no/x.json", "/no/x.json: cannot be written: [Errno 2] No such file"),
-    ("--json {}", "{}: cannot be written: it is no regular file"),
-    ("--json=", ": cannot be written: it is no regular file"),
+    ("--coordinator a:99999 --processes 2 --process 0", "--coordinator must be HOST:PORT"),
+    ("--json {}/no/x.json", "uv run --with matplotlib bench.py): [Errno 2] No such file"),
+    ("--json {}", "'{}' is no regular file"),
+    ("--json=", "'' is no regular file"),
     ("--json {}/x.png --plot {}/./x.png", "--json and --plot name the same file"),
     ("--plot {}/x.doc", "'doc'"),
     ("--plot {}/x.png --tables run", "--plot draws the tables prefix and methods"),
@@ -2169,7 +2168,7 @@ def test_bench_refuses_what_is_set_or_missing_outside(monkeypatch, tmp_path, cap
 ])  # fmt: skip
 def test_bench_freeze_is_train_turned_round(options, trains):
     (problem,) = bench.problems_of(bench.parse(["--sizes", "2", "3", "2", *options.split()]))
-    assert set(named(mf.partition(problem.where, bench.drawn(problem.make)[0])[0])) == trains
+    assert set(named(mf.partition(problem.where, problem.params)[0])) == trains
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -2186,7 +2185,7 @@ def test_bench_failure_before_a_row_keeps_the_results_that_are_there(name, words
 
 @pytest.mark.parametrize(("error", "code", "ended"), [
     (KeyboardInterrupt(), 130, "interrupted"),
-    (BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe"),
+    (BrokenPipeError(32, "Broken pipe"), 1, "BrokenPipeError(32, 'Broken pipe')"),
 ])  # fmt: skip
 def test_bench_interrupted_or_unheard_writes_its_rows(error, code, ended, tmp_path, monkeypatch):
     said, kept = [], tmp_path / "x.json"
@@ -2211,7 +2210,7 @@ def test_bench_interrupted_or_unheard_writes_its_rows(error, code, ended, tmp_pa
 CLUSTER = """if True:
     import sys, bench
     bench.SAMPLE_S, bench.VECTOR = 1e-4, 2**10
-    bench.config.update("jax_disable_most_optimizations", True)
+    bench.jax.config.update("jax_disable_most_optimizations", True)
     def run(*options):
         try:
             bench.main([*map(str, options)])
@@ -2220,6 +2219,7 @@ CLUSTER = """if True:
     process, port, file = sys.argv[1:]
     joined = "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", process
     sizes = "--tables", "devices", "--sizes", 8, 16, 4, "--devices", 2
+    assert run(*joined, "--process", 2) == run(*joined[2:]) == 2
     assert run(*joined, *sizes, "--rounds", 3 + int(process)) == 2
     assert run(*sizes, "--rounds", 2, "--optimizer", "adam", "--json", file) == 0
     run(*sizes, "--sizes", 7, 3, 5, "--rounds", 10**6)
@@ -2250,7 +2250,9 @@ def test_bench_two_processes_train_as_one_and_end_with_each_other(tmp_path):
     assert both[0].returncode not in (0, None)
     assert error.splitlines()[1:]  # it says that the other has gone
     for said in (error, other):
-        assert said.count("error: process 1: '--rounds 4'; process 0: '--rounds 3'\n") == 1
+        assert (
+            len(re.findall("error: process 1: .*'rounds': 4.*process 0: .*'rounds': 3", said)) == 1
+        )
     assert "device_count 2" in printed
     rows = rows_of(tmp_path / "x.json")
     assert [(r["layout"], r["method"]) for r in rows] == LAYOUTS

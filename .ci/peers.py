@@ -251,7 +251,7 @@ GROUPS = {"optax, clip inside": "sgd, clipped", "optax, clip outside": "sgd, cli
 
 def rows(bench: Any, problem: Any) -> list[Any]:
     """The rows of one problem, ours first; a form that is not to be had says why."""
-    params, batch = bench.drawn(problem.make)
+    params, batch = problem.params, problem.batch
     ours = [
         bench.Row("peers", problem.name, way, clip, make=partial(bench.prepare, problem))
         for clip in (False, True)
@@ -260,11 +260,11 @@ def rows(bench: Any, problem: Any) -> list[Any]:
 
     def make(peer: Peer, row: Any) -> None:
         row.flops_min = bench.least_flops(problem, "partition")
-        row.trainable_bytes, row.bytes_min = ours[1].trainable_bytes, ours[1].bytes_min
         jitted = peer.jitted or peer.step
         if hasattr(jitted, "lower"):  # not nnx.jit before flax 0.11
             bench.note_program(row, jitted, peer.fresh(), *peer.args)
-        row.run, row.batch = partial(bench.repeat, peer.step, peer.args), problem.batch
+        row.trainable_bytes, row.bytes_min = ours[1].trainable_bytes, ours[1].bytes_min
+        row.run, row.batch = partial(bench.repeat, peer.step, peer.args), problem.rows
         row.fresh, row.read = peer.fresh, peer.read
         row.group = GROUPS.get(row.method, "sgd")
 
@@ -282,9 +282,7 @@ def rows(bench: Any, problem: Any) -> list[Any]:
 def run(bench: Any, problem: Any, batches: Any) -> dict[str, Any]:
     """Haiku's step in a loop and in a scan over the walk-through's batches: row name -> maker."""
     try:
-        step, trainable, frozen, read = haiku_parts(
-            problem, bench.drawn(problem.make)[0], bench.SGD_RATE
-        )
+        step, trainable, frozen, read = haiku_parts(problem, problem.params, bench.SGD_RATE)
     except (ImportError, AttributeError):  # the table of peers says so
         return {}
 
