@@ -1860,6 +1860,7 @@ def test_bench_reads_collectives_and_what_a_ring_sends(program, result, ring_of_
 
 @pytest.mark.parametrize(("counted", "least", "shown"), [
     ({"flops": 41.0}, 41, 41),
+    ({"flops": 43.0}, 41, 43),
     ({"flops": 41.0}, 42, None),  # below the least: XLA did not count a library's
     ({"flops": 0.0}, None, 0),
     (None, None, None),
@@ -1870,11 +1871,14 @@ def test_bench_notes_what_xla_says_of_a_program(counted, least, shown, monkeypat
     program = SimpleNamespace(cost_analysis=lambda: counted, memory_analysis=lambda: memory)
     program.as_text = lambda: "%a = f32[10]{0} all-reduce(%b)"
     step = SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=lambda: program))
-    monkeypatch.setattr(time, "perf_counter", iter([1.5, 4.25]).__next__)
+    monkeypatch.setattr(time, "perf_counter", itertools.cycle([1.5, 4.25]).__next__)
     bench.note_program(row := bench.Row(flops_min=least, devices=4), step)
-    assert (row.flops, row.compile_s) == (shown, 4.25 - 1.5)
+    assert (row.flops, row.compile_s, row.bytes_min) == (shown, 4.25 - 1.5, None)
     assert (row.collective_bytes, row.sent_bytes) == (40, 60)
     assert (row.temp_bytes, row.alias_bytes, row.memory_bytes) == (6, 23, 100 + 57 - 23 + 6)
+    for moments, moved in [(0, 7), (19, 7 + 4 * 7 - 19)]:  # of frozen leaves they need not move
+        bench.note_program(row := bench.Row(trainable_bytes=7, moment_bytes=moments), step)
+        assert row.bytes_min == 100 + moved
 
 
 @pytest.mark.parametrize(("method", "trains"), [("all", 32), ("mask", 12), ("hoist", 12)])
