@@ -33,7 +33,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -64,6 +63,7 @@ settings.register_profile(  # that a mutant fails is enough: no smaller example 
 settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 processes = pytest.mark.xdist_group("processes")  # what starts processes runs one by one
+optimised = pytest.mark.xdist_group("optimised")  # what compares bits or costs, one after another
 
 
 class Peer:
@@ -84,13 +84,13 @@ figure, image = Peer("matplotlib.figure"), Peer("matplotlib.image")
 
 
 @pytest.fixture(autouse=True)
-def compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+def compile_quickly(request: pytest.FixtureRequest) -> None:
     """Optimising takes longer than all else: only where bits or costs are compared."""
-    if slowly := re.search("bit_for_bit|flops", request.node.name):
+    option = "jax_disable_most_optimizations"
+    quickly = optimised.mark not in request.node.iter_markers()
+    if jax.config.values[option] and not quickly:
         jax.clear_caches()  # JAX would take what it has compiled quickly
-    jax.config.update("jax_disable_most_optimizations", not slowly)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(option, quickly)
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -1112,7 +1112,10 @@ def test_property_hoist_of_random_programs(seed, steps, way, shapes_only):
         args = stacked if way == "vmap" else (*args[:2], stacked[2], args[3])
     if way == "vmap":
         split, direct = jax.vmap(split, axes), jax.vmap(direct, axes)
-    alike((split if way == "eager" else jax.jit(split))(*args), jax.jit(direct)(*args))
+    if way == "eager":
+        alike(split(*args), jax.jit(direct)(*args))
+    else:  # compiled once, what they share
+        alike(*jax.jit(lambda *args: (split(*args), direct(*args)))(*args))
 
 
 # ------------------------------------------------------------- hoist, law by law
@@ -1211,6 +1214,7 @@ def test_hoist_takes_an_array_that_is_a_literal_for_a_weight(name):
             jax.config.update(option, False)
 
 
+@optimised
 def test_hoist_is_the_mlps_loss_and_gradient_bit_for_bit():
     params, x, y = net()
     choices = ["linear_2", "!linear_0", "!linear_1", "*/b", "*/w", "*"]
@@ -1242,6 +1246,7 @@ def test_hoist_is_the_mlps_loss_and_gradient_bit_for_bit():
         assert same(got, want) or (form, jax.__version__[:4]) == ("checkpointed", "0.7.")
 
 
+@optimised
 def test_hoist_saves_the_flops_of_the_frozen_prefix():
     params = jax.eval_shape(lambda: mf.init(jax.random.key(0), [256, 256, 256, 256, 10]))
     trainable, frozen = mf.partition("linear_3", params)
@@ -1379,6 +1384,7 @@ def renamed(params):
     return {f"mlp/~/{layer}": leaves for layer, leaves in params.items()}
 
 
+@optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_init_and_apply_are_haikus_bit_for_bit(dtype):
     network = haiku_mlp([3] * 11)
@@ -1392,6 +1398,7 @@ def test_init_and_apply_are_haikus_bit_for_bit(dtype):
     assert jnp.abs(logits).min() > 0
 
 
+@optimised
 def test_ten_thousand_steps_are_haikus_bit_for_bit():
     network = haiku_mlp([300, 100, 10])
     xs, ys = mf.dataset(jax.random.key(1), 10_000, batch_size=4)
