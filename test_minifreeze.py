@@ -578,6 +578,8 @@ def test_train_is_train_step_in_a_loop():
     scanned, scan_losses = mf.train(trainable, frozen, *batches(), 0.3)
     assert same(scanned, looped)
     assert same(scan_losses, jnp.stack(losses))
+    more_axes = [array[:, None] for array in batches()]
+    assert jax.eval_shape(mf.train, trainable, frozen, *more_axes)[1].shape == (6,)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((trainable, frozen)))
 
 
@@ -1184,6 +1186,7 @@ KEPT = {  # the bytes kept, of a function whose defaults are what it is made for
     "a biased product": (192, lambda t="f4 6", f="f4 4 6", x="f4 8 4": x @ f + t),
     "two results": (96, lambda t="f4 3", f="f4 3 6", x="f4 8 3": x * jax.lax.top_k(t, 3)[1] @ f),
     "a kept x, its mean": (320, lambda t="f4 4", f="f4 4 6", x="f4 8 4": (x.mean(1), x @ t, x @ f)),
+    "x, its mean": (128, lambda t="f4 4", f=None, x="f4 8 4": x.mean(1) + x @ t),
     "levels": (12, lambda t="f4", f="f4 6", x="f4 4 6": ((x @ f)[:, None] > jnp.arange(3)) * t),
     "no batch": (0, lambda t="f4 6", f="f4 4 6": f @ t),
 }
@@ -1326,8 +1329,8 @@ def test_hoisted_functions_refuse_a_misfit():
         (lambda: once(f, x[:3], y), "batch/0", "(4, 3) float32", "(3, 3) float32"),
         (lambda: once(f, x.astype("bfloat16"), y), "(4, 3) bfloat16"),
         (lambda: once(f, {"x": x, "y": y}), "batch/0/x", "batch/1"),
-        (lambda: once(t, x, y), "frozen/linear_0/w", "a hole"),
-        (lambda: rest(t, t, kept), "frozen/linear_0/w", "a hole"),
+        (lambda: once(t, x, y), "frozen/linear_0/w", "a hole in the call"),
+        (lambda: rest(t, t, kept), "frozen/linear_0/w", "a hole in the call"),
         (lambda: rest(t, f, kept[:1]), "kept/1"),
         (lambda: jax.jit(rest)(t, f, kept[::-1]), "(4, 6) float32", "(4,) int32"),
         (lambda: jax.grad(rest)(short, f, kept), "trainable/linear_2/b", "(3,) float32"),
