@@ -781,7 +781,9 @@ print(sorted(freezing.merge(trainable, frozen)), freezing.__version__, jax.devic
     assert (done.stdout, done.stderr) == (told, "")
 
 
-def test_what_is_above_the_banner_works_without_what_is_below(tmp_path, monkeypatch):
+def test_examples_and_what_is_public_of_the_file_and_of_what_is_above_the_banner_alone(
+    tmp_path, monkeypatch
+):
     text = (HERE / "minifreeze.py").read_text()
     banner = re.search(r"(?m)^# -{10,} the walk-through", text)
     (tmp_path / "tool.py").write_text(text[: banner.start()])
@@ -790,19 +792,13 @@ def test_what_is_above_the_banner_works_without_what_is_below(tmp_path, monkeypa
 
     names = "Hole partition mask merge summary warm_start hoist".split()
     assert [name for name in mf.__all__ if hasattr(tool, name)] == tool.__all__ == names
-    result = doctest.testmod(tool)
-    assert result.failed == 0
-    assert result.attempted >= len(names)
-
-
-def test_the_examples_in_the_docstrings_of_what_is_public_in_the_order_of_the_file():
-    result = doctest.testmod(mf)
-    assert result.failed == 0
-    assert result.attempted >= len(mf.__all__)
+    for module in (tool, mf):
+        result = doctest.testmod(module)
+        assert result.failed == 0
+        assert result.attempted >= len(module.__all__)
     assert all(getattr(mf, name).__doc__ for name in mf.__all__)
-    text = (HERE / "minifreeze.py").read_text()
     public = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", text, re.MULTILINE)
-    assert public == [*mf.__all__, "main"]
+    assert public == [*mf.__all__, "main"]  # in the order of the file
 
 
 # ------------------------------------------------------------------ bad input, all of it
@@ -911,7 +907,7 @@ def test_bad_input(call, error, words):
     assert "array(" not in message
 
 
-BAD_ARGUMENTS = {
+@pytest.mark.parametrize(("argv", "word"), {
     "--steps 0": "not 1 <= --steps 0 <= 10**7, 0 <= --seed 42 < 2**32",
     "--steps 10000001": "10000001",
     "--seed x": "x",
@@ -923,10 +919,7 @@ BAD_ARGUMENTS = {
     "--plot full.png": "No space left",
     "--plot old": "old",
     "--plot old.xyz": "xyz",
-}
-
-
-@pytest.mark.parametrize(("argv", "word"), BAD_ARGUMENTS.items(), ids=str)
+}.items(), ids=str)  # fmt: skip
 def test_main_refuses_bad_arguments(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
@@ -2333,27 +2326,19 @@ def test_readme_tables_are_those_of_the_committed_results():
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_links_every_trap_to_its_test():
-    linked = re.findall(r"test_minifreeze\.py#(\w+)", README)
-    assert sorted(linked) == sorted(name for name in globals() if name.startswith("test_trap_"))
-
-
-def test_readme_links_lead_somewhere():
+def test_readme_names_what_is_there_and_every_trap():
     titles = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     links = re.findall(r"\]\(([^)]*)\)", prose())
     assert [link for link in links if link[0] == "#" and link[1:] not in anchors] == []
+    shell = "\n".join(re.findall(r"```sh\n([\s\S]*?)```", README)).splitlines()
+    scripts = {"minifreeze.py", "test_minifreeze.py", "bench.py"}
+    assert {"pip install uv", *(f"uv run {script}" for script in scripts)} <= {*shell}
     files = {link.split("#")[0] for link in links if not link.startswith(("#", "http"))}
     assert files
-    assert all((HERE / file).is_file() for file in files)
-
-
-def test_readme_has_its_commands():
-    shell = "\n".join(re.findall(r"```sh\n([\s\S]*?)```", README)).splitlines()
-    for script in ("minifreeze.py", "test_minifreeze.py", "bench.py"):
-        assert f"uv run {script}" in shell
-        assert (HERE / script).is_file()
-    assert "pip install uv" in shell
+    assert all((HERE / file).is_file() for file in files | scripts)
+    linked = re.findall(r"test_minifreeze\.py#(\w+)", README)
+    assert sorted(linked) == sorted(name for name in globals() if name.startswith("test_trap_"))
 
 
 def test_readme_keeps_numbers_beside_their_units():
