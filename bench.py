@@ -92,17 +92,20 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 }
 
 
-def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, dtype: str) -> Problem:
-    """The module's MLP, on noise."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = jax.jit(mf.init, static_argnums=(1, 2))(keys[0], sizes, dtype)
-    x = jax.random.normal(keys[1], (rows, sizes[0]), dtype)
-    y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
+def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
+    """The module's MLP, on noise; where nothing runs, its shapes alone."""
+
+    def draw() -> Any:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[1], (rows, sizes[0]), options.dtype)
+        y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
+        return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     def loss(params: Tree, *batch: jax.Array) -> Any:
         return mf.loss_fn(*mf.partition("*", params), *batch)
 
-    return Problem(name, where, loss, params, (x, y), rows, sizes)
+    params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
+    return Problem(name, where, loss, params, batch, rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
@@ -527,7 +530,7 @@ def simulated_rows(options: Namespace) -> list[dict[str, Any]]:
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """the walk-through's 10,000 steps, each: by `train_step`, and by Haiku's"""
-    problem = mlp("seed", *PROBLEMS["seed"], options.dtype)
+    problem = mlp("seed", *PROBLEMS["seed"], options)
     xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.rows)
     batches = xs.astype(options.dtype), ys
     ours = partial(prepare_run, *mf.partition(problem.where, problem.params), batches)
@@ -663,12 +666,12 @@ def problems_of(options: Namespace) -> list[Problem]:
         chosen = {}
         with refusing(f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"):
             problems = [load_model(options.model, where)]
+        with refusing(problems[0].name):
+            mf.partition(where, problems[0].params)
     for name, (sizes, rows, usual) in chosen.items():
         with refusing(name):
-            problems += [mlp(name, sizes, options.batch or rows, where or usual, options.dtype)]
-    for problem in problems:
-        with refusing(problem.name):
-            mf.partition(problem.where, problem.params)
+            problems += [mlp(name, sizes, options.batch or rows, where or usual, options)]
+            mf.partition(problems[-1].where, problems[-1].params)
     return problems
 
 
@@ -697,13 +700,13 @@ def set_up(options: Namespace) -> list[Problem]:
         join_cluster(options)
     problems, refusal, processes = list[Problem](), "", jax.process_count()
     try:
-        problems = problems_of(options)
         with refusing("--json, --plot (uv run --with matplotlib bench.py)"):
             write(options, {}, [], "")
         for count in options.devices or []:
             if count > jax.device_count() or (count > 1 and count % processes):
                 there = f"there are {jax.device_count()} in {processes} processes, {jax.devices()}"
                 raise Stop(2, f"error: --devices {count}: {there}; --compile-only simulates more")
+        problems = problems_of(options)
     except Stop as stop:
         refusal = stop.args[1]
     own = ("json", "plot", "process")

@@ -439,7 +439,7 @@ def train_step(trainable: T, frozen: PyTree, x: Array, y: Array, lr: Any = 0.1) 
 def train(trainable: T, frozen: PyTree, xs: Array, ys: Array, lr: Any = 0.1) -> tuple[T, Array]:
     """Takes a ``train_step`` for each batch, in one dispatch: (trainable, losses (steps,)).
 
-    ``xs`` is (steps, batch, in) and ``ys`` (steps, batch): raises ValueError for other shapes.
+    ``xs`` is (steps, batch, ..., in), ``ys`` (steps, batch, ...): ValueError for other shapes.
     """
     if xs.ndim < 3 or xs.shape[:-1] != ys.shape:
         raise ValueError(f"train takes a batch a step, got shapes {xs.shape} and {ys.shape}")

@@ -1832,7 +1832,7 @@ def flops_by_hand(sizes, batch, forward, weights, inputs):
     ("*/w", "stop_gradient", [0, 1, 2], [0, 1, 2], [1, 2]),
 ])  # fmt: skip
 def test_bench_least_flops_are_those_worked_out_by_hand(where, method, forward, weights, inputs):
-    problem = bench.mlp("mlp", (3, 5, 7, 2), 11, where, "float32")
+    problem = bench.mlp("mlp", (3, 5, 7, 2), 11, where, bench.parse(["--compile-only"]))
     wanted = flops_by_hand((3, 5, 7, 2), 11, forward, weights, inputs)
     assert bench.least_flops(problem, method) == wanted
 
@@ -1877,7 +1877,7 @@ def test_bench_notes_what_xla_says_of_a_program(counted, least, shown, monkeypat
 @pytest.mark.parametrize(("method", "trains"), [("all", 32), ("mask", 12), ("hoist", 12)])
 def test_bench_least_bytes_with_adams_moments_by_hand(method, trains):
     # [3, 5, 2], batch 4: linear_0 has 15 + 5 numbers, linear_1 10 + 2; x is 12, y is 4.
-    problem = bench.mlp("mlp", (3, 5, 2), 4, ["linear_1"], "float32")
+    problem = bench.mlp("mlp", (3, 5, 2), 4, ["linear_1"], bench.parse([]))
     read = 4 * (20 + 12 + 12 + 4)
     if method == "hoist":  # the head, the bias below, 4 x 5 products, what stands for the labels
         kept = bench.way_of(method, problem, problem.params, problem.batch)[1][1]
@@ -2004,7 +2004,7 @@ def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
 def test_bench_peers_that_are_missing_are_named(monkeypatch):
     for module in ("haiku", "equinox", "flax.nnx", "optax"):
         monkeypatch.setitem(sys.modules, module, None)
-    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], "float32")
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], bench.parse([]))
     rows = bench.peers().rows(bench, problem)[4:]
     assert all(row.remark.startswith("left out: ") for row in rows)
     assert bench.peers().run(bench, problem, None) == {}
@@ -2067,7 +2067,7 @@ def test_bench_agreement(row, words):
 
 
 def test_bench_case_out_of_memory_says_so_and_the_rest_goes_on():
-    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], "float32")
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], bench.parse([]))
 
     def make(row):
         if row.method == "all":
