@@ -711,9 +711,9 @@ def set_up(options: Namespace) -> list[Problem]:
         refusal = stop.args[1]
     own = ("json", "plot", "process")
     given = {name: value for name, value in vars(options).items() if name not in own}
-    told = np.frombuffer((refusal or str(given)).ljust(2**14).encode(), np.uint8)
+    told = np.frombuffer((refusal or str(given)).encode().ljust(2**14)[: 2**14], np.uint8)
     texts = multihost_utils.process_allgather(told).reshape(processes, -1)
-    first, *others = [text.tobytes().decode().strip() for text in texts]
+    first, *others = [text.tobytes().decode(errors="replace").strip() for text in texts]
     for i, theirs in enumerate(others, 1):
         if theirs != first:
             raise Stop(2, f"error: process {i}: {theirs}; process 0: {first}")
@@ -820,15 +820,23 @@ def card(options: Namespace) -> dict[str, Any]:
 
 def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
-    if options.json:
-        results = {"card": facts, "complete": ended == "complete", "ended": ended}
-        results["rows"] = [row.figures() for row in rows]
-        Path(options.json + PART).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    if options.plot:
-        kind = Path(options.plot).suffix[1:].lower()
-        drawing([row for row in rows if row.step_s]).savefig(options.plot + PART, format=kind)
-    for file in filter(None, (options.json, options.plot)):
-        os.replace(file + PART, file) if rows else os.remove(file + PART)
+    pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
+    files = [
+        (file, made) for file, made in ((options.json, rows), (options.plot, pictured)) if file
+    ]
+    try:
+        if options.json:
+            results = {"card": facts, "complete": ended == "complete", "ended": ended}
+            results["rows"] = [row.figures() for row in rows]
+            Path(options.json + PART).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        if options.plot:
+            kind = Path(options.plot).suffix[1:].lower()
+            drawing(pictured).savefig(options.plot + PART, format=kind)
+        for file in (file for file, made in files if made):
+            os.replace(file + PART, file)
+    finally:
+        for file, _ in files:
+            Path(file + PART).unlink(missing_ok=True)
 
 
 def drawing(rows: Sequence[Row]) -> Any:

@@ -2131,7 +2131,7 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
     ("--json {}", "'{}' is no regular file"),
     ("--json=", "'' is no regular file"),
     ("--json {}/x.png --plot {}/./x.png", "--json and --plot name the same file"),
-    ("--plot {}/x.doc", "'doc'"),
+    ("--json {}/x.json --plot {}/x.doc", "'doc'"),
     ("--plot {}/x.png --tables run", "--plot draws the tables prefix and methods"),
     ("--model {}/none.py:make --train w", "No such file or directory: '{}/none.py'"),
     ("--model {}/mine.py:good", "--model needs --train or --freeze"),
@@ -2178,6 +2178,13 @@ def test_bench_failure_before_a_row_keeps_the_results_that_are_there(name, words
     options = ("--model", f"{models}:{name}", "--train", "head", "--json", kept)
     code, _, error = bench_here(capsys, *options)
     assert (code, error, kept.read_text()) == (1, f"bench.py: {words}\n", "old")
+
+
+def test_bench_picture_of_nothing_keeps_the_one_that_is_there(tmp_path):
+    (kept := tmp_path / "x.png").write_text("old")
+    options = SimpleNamespace(json=None, plot=str(kept))
+    bench.write(options, {}, [bench.Row("devices", "deep", "all", step_s=1)], "interrupted")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(("error", "code", "ended"), [
