@@ -65,6 +65,11 @@ settings.register_profile("soak", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 processes = pytest.mark.xdist_group("processes")  # what starts processes runs one by one
 optimised = pytest.mark.xdist_group("optimised")  # what compares bits or costs, one after another
+# XLA's newer emitters and its threads take three times as long for programs as small as these.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ >= (0, 7) else []
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # before the first array is made
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that are started
 gc.set_threshold(50_000)  # what JAX leaves behind is little, and looked through again and again
 python = partial(subprocess.run, capture_output=True, text=True)
 
@@ -2214,7 +2219,6 @@ def test_bench_interrupted_or_unheard_writes_its_rows(error, code, ended, tmp_pa
 CLUSTER = """if True:
     import sys, bench
     bench.SAMPLE_S, bench.VECTOR = 1e-4, 2**10
-    bench.jax.config.update("jax_disable_most_optimizations", True)
     def run(*options):
         try:
             bench.main([*map(str, options)])
