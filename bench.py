@@ -10,14 +10,12 @@
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
     python bench.py --json run.json --plot run.png          # to keep
 
-It prints what it runs on, its tables, and the answer. Every step donates its state and is fed its
-own result. Rows are timed in shuffled rounds and compared within a round; those that must take the
-same step are shown to take it first. FLOPs and bytes are the compiled program's.
+Every step donates its state and is fed its own result. Rows are timed in shuffled rounds; those
+that must take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -32,11 +30,12 @@ import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +48,14 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import minifreeze as mf
 
-Tree: TypeAlias = Any
-Function: TypeAlias = Callable[..., Any]
+Tree = Any
+Function = Callable[..., Any]
 untyped: Any = jax  # for what jax leaves without types
 
 SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
-VECTOR = 2**24  # floats that no cache holds
-JOIN_S = 60  # how long a process waits for its cluster
+VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
 PART = f".{os.getpid()}.part"  # of a name: what takes the file's place once it is whole
 
 
@@ -92,19 +90,22 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 }
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def draw(sizes: tuple[int, ...], rows: int, dtype: str) -> tuple[Tree, tuple[Tree, ...]]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[1], (rows, sizes[0]), dtype)
+    y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
+    return mf.init(keys[0], sizes, dtype), (x, y)
+
+
 def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
     """The module's MLP, on noise; where nothing runs, its shapes alone."""
-
-    def draw() -> Any:
-        keys = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(keys[1], (rows, sizes[0]), options.dtype)
-        y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
-        return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     def loss(params: Tree, *batch: jax.Array) -> Any:
         return mf.loss_fn(*mf.partition("*", params), *batch)
 
-    params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
+    drawn = partial(draw, sizes, rows, options.dtype)
+    params, batch = jax.eval_shape(drawn) if options.compile_only else drawn()
     return Problem(name, where, loss, params, batch, rows, sizes)
 
 
@@ -113,18 +114,19 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
 WAYS = ["all", "partition", "hoist", "stop_gradient", "mask", "stop_gradient, not donated"]
 
 
-def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...]) -> Any:
+def way_of(method: str, problem: Problem) -> Any:
     """(what is differentiated and donated, args, loss(it, *args), what was computed before).
 
     Nothing is closed over: XLA would fold it into the program.
     """
-    trainable, frozen = mf.partition(problem.where, params)
+    _, where, loss, params, batch, *_ = problem
+    trainable, frozen = mf.partition(where, params)
 
     def of_parts(trainable: Tree, frozen: Tree, *batch: Tree) -> Any:
-        return problem.loss(mf.merge(trainable, frozen), *batch)
+        return loss(mf.merge(trainable, frozen), *batch)
 
     def stopped(params: Tree, *batch: Tree) -> Any:
-        trainable, frozen = mf.partition(problem.where, params)
+        trainable, frozen = mf.partition(where, params)
         return of_parts(trainable, jax.lax.stop_gradient(frozen), *batch)
 
     if method == "partition":  # no frozen gradient is made, and the state is what trains
@@ -134,7 +136,7 @@ def way_of(method: str, problem: Problem, params: Tree, batch: tuple[Tree, ...])
         features = partial(jax.jit(once), frozen, *batch)
         return trainable, (frozen, features()), rest, features
     # All are differentiated: those that are frozen to zeros, or `mask` multiplies them by 0.
-    return params, batch, stopped if method.startswith("stop") else problem.loss, None
+    return params, batch, stopped if method.startswith("stop") else loss, None
 
 
 def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tree) -> Tree:
@@ -224,12 +226,7 @@ ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
-    """The bytes of the collectives' results on one of n devices, and those that a ring sends.
-
-    >>> text = "%r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1"
-    >>> collective_bytes(text, 4)
-    (52, 78)
-    """
+    """The bytes of the collectives' results on one of n devices, and those that a ring sends."""
     ring = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": n - 1}
     ring |= {"all-to-all": (n - 1) / n, "collective-permute": 1}
     total, sent = 0, 0.0  # by the program's text; one in a loop counts once
@@ -295,42 +292,44 @@ def note_comparisons(rows: Sequence[Row]) -> None:
 
 
 def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> None:
-    """Compiles a method's step, on the rows of ``row.devices``, for the default one or others.
+    """Compiles a method's step, for the default device or for ``row.devices`` of them.
 
-    Those share by rows a batch that has each row once for each of them, and a ``sharded``
+    They share by rows a batch that has each row once for each of them, and a ``sharded``
     parameter by its first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
 
-    def put(sharded: bool, leaf: Any) -> Any:
-        axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
-        spec = [*[None] * axes[0], "data"] if sharded and axes else []
-        place = NamedSharding(Mesh(devices, "data"), untyped.sharding.PartitionSpec(*spec))
+    mesh = Mesh(devices or jax.local_devices()[:1], "data")
+
+    def put(leaf: Any, axes: Sequence[int] = ()) -> Any:
+        spec = [*[None] * axes[0], "data"] if axes else []
+        place = NamedSharding(mesh, untyped.sharding.PartitionSpec(*spec))
         shape = untyped.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return shape if row.simulated else jax.device_put(leaf, place)
 
-    def repeated(leaf: Any) -> Any:  # a random key serves all devices
-        by_rows = leaf.shape[:1] == (problem.rows,)
-        return jnp.repeat(leaf, row.devices, axis=0) if by_rows else leaf
+    def held(leaf: Any) -> Any:
+        axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
+        return put(leaf, axes if row.layout == "sharded" else [])
 
-    row.batch, shaped = problem.rows * row.devices, partial(jax.eval_shape, repeated)
-    batch = jax.tree.map(shaped if row.simulated else repeated, problem.batch)
-    params, count = problem.params, jnp.int32(0)
-    if devices:
-        params = jax.tree.map(partial(put, row.layout == "sharded"), params)
-        batch = jax.tree.map(lambda leaf: put(leaf.shape[:1] == (row.batch,), leaf), batch)
-        count = put(False, count)
-    start, args, loss, once = way_of(row.method, problem, params, batch)
-    moments = (start, start, count) if row.optimizer == "adam" else ()
+    def shared(leaf: Any) -> Any:
+        if leaf.shape[:1] != (problem.rows,):  # a random key serves all devices
+            return put(leaf)
+        repeat = partial(jnp.repeat, repeats=row.devices, axis=0)
+        return put(jax.eval_shape(repeat, leaf) if row.simulated else repeat(leaf), [0])
+
+    params, batch = jax.tree.map(held, problem.params), jax.tree.map(shared, problem.batch)
+    start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
+    state = start, (start, start, put(jnp.int32(0))) if row.optimizer == "adam" else ()
     trains = problem.where if row.method != "all" else "*"
+    row.batch, row.moment_bytes = problem.rows * row.devices, tree_bytes(state[1])
     row.trainable_bytes = tree_bytes(mf.partition(trains, params)[0])
-    row.flops_min, row.moment_bytes = least_flops(problem, row.method), tree_bytes(moments)
-    places = (jax.tree.map(lambda leaf: leaf.sharding, (start, moments)), None) if devices else None
+    row.flops_min = least_flops(problem, row.method)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state), None
     donated = () if row.method.endswith("not donated") else (0,)
     take = partial(take_step, row, loss, problem.where)
     step = jax.jit(take, donate_argnums=donated, out_shardings=places)
-    note_program(row, step, (start, moments), *args)
+    note_program(row, step, state, *args)
     # Each time in new arrays: a step deletes what it is given.
-    row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, moments))
+    row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, state[1]))
     row.run = None if row.simulated else partial(repeat, step, args)
     # Adam's first step is the gradients' sign, which a rounding turns: its moment is compared.
     compared = problem.where if row.method == "all" else "*"
@@ -351,7 +350,7 @@ def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int) -> Any
     return state, loss
 
 
-@contextlib.contextmanager
+@contextmanager
 def outliving(row: Row) -> Iterator[None]:
     """A row that runs out of memory says so, is run no more, and the rest go on."""
     try:
@@ -384,7 +383,7 @@ def measure(rows: Sequence[Row], options: Namespace) -> None:
 @cache
 def probes(dtype: str) -> list[Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
-    n = 1024 if jax.default_backend() == "cpu" else 8192
+    n = SIDE.get(jax.default_backend(), 8192)
     starts = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
     steps: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
     rows = [Row(batch=2 * n**3), Row(batch=3 * starts[1].nbytes)]
@@ -405,23 +404,22 @@ def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
         for row in order:
             with outliving(row):
                 if row.run:
-                    sample(row)
+                    row.samples.append(sample(row))
     gc.enable()
 
 
-def sample(row: Row) -> None:
-    """Takes a sample that is long enough: process 0's time, for all must take as many steps."""
+def sample(row: Row) -> float:
+    """Seconds a step, by a sample that is long enough: for all processes by process 0's clock."""
     wait = untyped.block_until_ready
-    state, _ = wait(row.run(row.fresh(), 1))  # untimed: it fills the caches that others emptied
-    start = time.perf_counter()
-    wait(row.run(state, row.steps))
-    took = np.float32(time.perf_counter() - start)
-    seconds = float(multihost_utils.broadcast_one_to_all(took))
-    if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
-        row.samples.append(seconds / row.steps)
-    else:
+    while True:
+        state, _ = wait(row.run(row.fresh(), 1))  # untimed: fills the caches that others emptied
+        start = time.perf_counter()
+        wait(row.run(state, row.steps))
+        took = np.float32(time.perf_counter() - start)
+        seconds = float(multihost_utils.broadcast_one_to_all(took))
+        if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
+            return seconds / int(row.steps)
         row.steps *= 2
-        sample(row)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -430,10 +428,17 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     A leaf may differ by a hundredth of its largest change, for a GPU multiplies float32 in
     TF32, and by four roundings of its largest value. What the first does not train must stay.
     """
+
+    def read(state: Tree) -> dict[str, np.ndarray]:  # whole, on the host
+        leaves = tree_leaves_with_path(row.read(state))
+        named = {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        whole = partial(multihost_utils.process_allgather, tiled=True)
+        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in named.items()}
+
     what, state = f"{row.problem}: {label(row)}", row.fresh()
-    before = on_host(row.read(state))
+    before = read(state)
     state, loss = row.run(state, 1)
-    after = on_host(row.read(state))
+    after = read(state)
     if not jnp.isfinite(loss).all():
         raise Stop(1, f"{what}: the loss is {loss}")
     like, wanted = first.setdefault(row.group, (row, after))
@@ -446,15 +451,6 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
         if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
             differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
             raise Stop(1, f"{what} must take the step of {label(like)}: {differs}")
-
-
-def on_host(tree: Tree) -> dict[str, np.ndarray]:
-    """Every array by its name, whole."""
-    leaves = {
-        keystr(path, simple=True, separator="/"): x for path, x in tree_leaves_with_path(tree)
-    }
-    whole = partial(multihost_utils.process_allgather, tiled=True)
-    return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves.items()}
 
 
 # ----------------------------------------------------------------------------- the tables
@@ -510,14 +506,15 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
 def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
     """Of each platform 1, 2, 4, ... devices, as many of each process."""
     usual, processes = jax.devices(), jax.process_count()
-    alone = processes > 1 or options.devices
-    for devices in [usual] if alone else map(jax.devices, backends()):
+    chosen = options.devices or processes > 1
+    for devices in [usual] if chosen else map(jax.devices, backends()):
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+        in_turn = [d for turn in zip(*own) for d in turn]
         counts = {1, len(devices), *(processes * 2**i for i in range(20))}
         if devices == usual and len(devices) == 1:
             counts = set()  # it is in the other tables
         for n in options.devices or sorted(n for n in counts if n <= len(devices)):
-            yield [d for some in own for d in some[: n // processes]] or devices[:1]
+            yield in_turn[:n]
 
 
 def simulated_rows(options: Namespace) -> list[dict[str, Any]]:
@@ -557,8 +554,7 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: R
 
 
 def peers() -> Any:
-    with refusing("--peers needs the other libraries' steps"):
-        return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
 
 
 def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
@@ -567,26 +563,26 @@ def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[lis
         yield peers().rows(sys.modules[__name__], problem)
 
 
-# Each with the options that it has no use for.
-DEVICES = "devices compile_only cluster coordinator"
-TABLES: dict[str, tuple[Function, str]] = {
-    "methods": (methods_table, DEVICES),
-    "prefix": (prefix_table, f"train freeze model {DEVICES}"),
-    "devices": (devices_table, ""),
-    "run": (run_table, f"sizes batch train freeze optimizer model {DEVICES}"),
-    "peers": (peers_table, f"optimizer model {DEVICES}"),
+TABLES: dict[str, Function] = {
+    "methods": methods_table,
+    "prefix": prefix_table,
+    "devices": devices_table,
+    "run": run_table,
+    "peers": peers_table,
 }
 
 # ---------------------------------------------------------------- options and the cluster
 
-
-@contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Refuses in one line what Python, JAX or the module does not take."""
-    try:
-        yield
-    except Exception as error:
-        raise Stop(2, f"error: {what}: {str(error).partition(chr(10))[0]}") from None
+DEVICES = "devices compile_only cluster coordinator"
+UNUSED = {  # by a table, or beside another option
+    "methods": DEVICES,
+    "prefix": f"train freeze model {DEVICES}",
+    "run": f"sizes batch train freeze optimizer model {DEVICES}",
+    "peers": f"optimizer model {DEVICES}",
+    "model": "sizes batch dtype",
+    "cluster": "coordinator",
+    "compile_only": "cluster coordinator rounds",
+}
 
 
 def positive(text: str) -> int:
@@ -626,15 +622,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--plot", type=file, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    unused = {name: words.split() for name, (_, words) in TABLES.items()}
-    usual = [name for name in TABLES if name != "peers" and not given.intersection(unused[name])]
+    unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
+    usual = [name for name in TABLES if name != "peers" and not unused.get(name)]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
     options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
-    unused |= {"model": ["sizes", "batch", "dtype"], "cluster": ["coordinator"]}
-    unused |= {"compile_only": ["cluster", "coordinator", "rounds"]}
-    modes = sorted(given & {"model", "cluster", "compile_only"})
-    for user, name in product([*options.tables, *modes], sorted(given)):
-        if name in unused[user]:
+    for user in (*options.tables, *sorted(given)):
+        for name in sorted(unused.get(user, ())):
             parser.error(f"--{name} is not used with {user}".replace("_", "-"))
     counts, port = options.devices or [], (options.coordinator or ":1").rpartition(":")[2]
     pictured = {"prefix", "methods"}.intersection(options.tables)
@@ -648,8 +641,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     }
     for why in (why for why, wrong in refusals.items() if wrong):
         parser.error(why)
-    if "peers" in options.tables:
-        peers()
     options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
     options.usual = options.optimizer or "sgd"
     options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
@@ -657,38 +648,31 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def problems_of(options: Namespace) -> list[Problem]:
-    """The problems that are asked for, of which something trains."""
+    """The user's model, or an MLP of such sizes, or the usual ones; of each something trains."""
     turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
-    where, chosen, problems = options.train or turned, PROBLEMS, list[Problem]()
+    where, chosen = options.train or turned, PROBLEMS
+    if options.model:
+        file, name = options.model.rsplit(":", 1)
+        sys.path.insert(0, str(Path(file).parent.resolve()))
+        loss, params, batch = runpy.run_path(file)[name]()
+        params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
+        jax.eval_shape(jax.grad(loss), params, *batch)
+        rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
+        return [Problem(Path(file).stem, where, loss, params, batch, rows)]
     if options.sizes:
         chosen = {"mlp": (tuple(options.sizes), 64, [f"linear_{len(options.sizes) - 2}"])}
-    if options.model:
-        chosen = {}
-        with refusing(f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"):
-            problems = [load_model(options.model, where)]
-        with refusing(problems[0].name):
-            mf.partition(where, problems[0].params)
-    for name, (sizes, rows, usual) in chosen.items():
-        with refusing(name):
-            problems += [mlp(name, sizes, options.batch or rows, where or usual, options)]
-            mf.partition(problems[-1].where, problems[-1].params)
-    return problems
-
-
-def load_model(spec: str, where: mf.Where) -> Problem:
-    file, name = spec.rsplit(":", 1)
-    sys.path.insert(0, str(Path(file).parent.resolve()))
-    loss, params, batch = runpy.run_path(file)[name]()
-    params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
-    jax.eval_shape(jax.grad(loss), params, *batch)
-    rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
-    return Problem(Path(file).stem, where, loss, params, batch, rows)
+    return [
+        mlp(name, sizes, options.batch or rows, where or usual, options)
+        for name, (sizes, rows, usual) in chosen.items()
+    ]
 
 
 def set_up(options: Namespace) -> list[Problem]:
     """Makes or joins the devices that are asked for, and gives the problems.
 
-    All processes end where one refuses, or was given other options than process 0.
+    All processes end by one line where one refuses, or was given other options than process 0.
+    JAX ends this one itself, by a C++ stack, where others do not come within a minute, come twice,
+    or die; it gives up on one that is silent for 100 s.
     """
     if options.compile_only:
         flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
@@ -697,45 +681,42 @@ def set_up(options: Namespace) -> list[Problem]:
         options.devices = options.devices or [1, 2, 4, 8]
         untyped.config.update("jax_num_cpu_devices", max(options.devices))
     if options.cluster:
-        join_cluster(options)
-    problems, refusal, processes = list[Problem](), "", jax.process_count()
+        untyped.config.update("jax_cpu_collectives_implementation", "gloo")
+        named = options.coordinator, options.processes, options.process
+        jax.distributed.initialize(*named, initialization_timeout=60)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, for checkpoints
+        if jax.process_index() != 0:  # process 0 alone prints and writes
+            options.json = options.plot = None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    problems, told = list[Problem](), ""
     try:
-        with refusing("--json, --plot (uv run --with matplotlib bench.py)"):
-            write(options, {}, [], "")
+        doing = "--json, --plot (uv run --with matplotlib bench.py)"
+        write(options, {}, [], "")
+        doing = "--peers needs the other libraries' steps"
+        _ = "peers" in options.tables and peers()
+        here, processes = jax.devices(), jax.process_count()
         for count in options.devices or []:
-            if count > jax.device_count() or (count > 1 and count % processes):
-                there = f"there are {jax.device_count()} in {processes} processes, {jax.devices()}"
-                raise Stop(2, f"error: --devices {count}: {there}; --compile-only simulates more")
+            doing = f"--devices {count}; --compile-only simulates more"
+            if count > len(here) or (count > 1 and count % processes):
+                raise ValueError(f"there are {len(here)} in {processes} processes, {here}")
+        doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"
+        doing = doing if options.model else f"--sizes {options.sizes}"
         problems = problems_of(options)
-    except Stop as stop:
-        refusal = stop.args[1]
+        for problem in problems:
+            doing = problem.name
+            mf.partition(problem.where, problem.params)
+    except Exception as error:
+        told = f"{doing}: {error}".partition("\n")[0]
     own = ("json", "plot", "process")
     given = {name: value for name, value in vars(options).items() if name not in own}
-    told = np.frombuffer((refusal or str(given)).encode().ljust(2**14)[: 2**14], np.uint8)
-    texts = multihost_utils.process_allgather(told).reshape(processes, -1)
-    first, *others = [text.tobytes().decode(errors="replace").strip() for text in texts]
-    for i, theirs in enumerate(others, 1):
-        if theirs != first:
-            raise Stop(2, f"error: process {i}: {theirs}; process 0: {first}")
-    if refusal:
-        raise Stop(2, refusal)
+    text = np.frombuffer((told or str(given)).encode().ljust(2**14)[: 2**14], np.uint8)
+    texts = multihost_utils.process_allgather(text).reshape(-1, 2**14)
+    said = {text.tobytes().decode(errors="replace").strip(): i for i, text in enumerate(texts)}
+    if len(said) > 1:
+        told = "; ".join(f"process {i}: {text}" for text, i in said.items())
+    if told:
+        raise Stop(2, f"error: {told}")
     return problems
-
-
-def join_cluster(options: Namespace) -> None:
-    """Joins the other processes, and ends with them: JAX gives up on one silent for 100 s.
-
-    It ends this process itself, by a C++ stack, where others do not come within JOIN_S, come
-    twice, or die: that cannot be caught.
-    """
-    untyped.config.update("jax_cpu_collectives_implementation", "gloo")
-    named = options.coordinator, options.processes, options.process
-    with refusing("--cluster, or --coordinator HOST:PORT --processes N --process 0 .. N - 1"):
-        jax.distributed.initialize(*named, initialization_timeout=JOIN_S)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, for checkpoints
-    if jax.process_index() != 0:  # process 0 alone prints and writes
-        options.json = options.plot = None
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # ------------------------------------------------------------------------- presentation
@@ -821,9 +802,8 @@ def card(options: Namespace) -> dict[str, Any]:
 def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
     pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
-    files = [
-        (file, made) for file, made in ((options.json, rows), (options.plot, pictured)) if file
-    ]
+    files = {options.json: rows, options.plot: pictured}
+    files.pop(None, None)
     try:
         if options.json:
             results = {"card": facts, "complete": ended == "complete", "ended": ended}
@@ -832,10 +812,10 @@ def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended:
         if options.plot:
             kind = Path(options.plot).suffix[1:].lower()
             drawing(pictured).savefig(options.plot + PART, format=kind)
-        for file in (file for file, made in files if made):
+        for file in (file for file, made in files.items() if made):
             os.replace(file + PART, file)
     finally:
-        for file, _ in files:
+        for file in files:
             Path(file + PART).unlink(missing_ok=True)
 
 
@@ -869,9 +849,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         short = {k: quantity(v, "") if isinstance(v, float) else v for k, v in facts.items()}
         say(*(f"{key} {value}" for key, value in short.items()), sep=", ")
         for table in options.tables:
-            make, _ = TABLES[table]
-            say(f"\n{table}: {make.__doc__}", *problems, MEANS, TITLES, sep="\n")
-            for group in make(options, problems):
+            say(f"\n{table}: {TABLES[table].__doc__}", *problems, MEANS, TITLES, sep="\n")
+            for group in TABLES[table](options, problems):
                 measure(group, options)
                 rows += [row for row in group if row.table]
                 note_comparisons([row for row in rows if row.table == table])
@@ -881,8 +860,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:  # also an OSError: stdout is gone, `| head`
-        code, ended = 1, repr(error)
-        if not isinstance(error, OSError):
+        code, ended = (1, repr(error)) if facts else (2, f"error: {error}".partition("\n")[0])
+        if facts and not isinstance(error, OSError):
             sys.excepthook(*sys.exc_info())
     try:
         if rows:
