@@ -59,10 +59,6 @@ VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product,
 PART = f".{os.getpid()}.part"  # of a name: what takes the file's place once it is whole
 
 
-class Stop(Exception):
-    """Ends the run by a line on stderr, with 1 if it broke, with 2 if it could not be begun."""
-
-
 # --------------------------------------------------------------------------- the problems
 
 
@@ -177,11 +173,10 @@ KEYS = """table problem method clip platform devices simulated layout step_s spr
 
 
 class Row(SimpleNamespace):
-    """A line of a table and of the JSON, its ``KEYS``; and how its step is run to come to them.
+    """A line of a table and of the JSON, its ``KEYS``; and what they come from.
 
-    ``make(row)`` gives it ``run``: ``run(fresh(), n)`` takes n steps and gives (state, loss). Of
-    the state, ``read`` gives what is compared within a ``group``, which must take the same step.
-    A sample takes ``steps``; ``samples`` are seconds a step, one a round.
+    ``make(row)`` gives it ``run``: ``run(fresh(), n)`` takes n steps and gives (state, loss).
+    ``read(state)`` must be the same in a ``group``. ``samples`` are seconds a step, one a round.
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -239,10 +234,10 @@ def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
 
 
 def note_program(row: Row, step: Any, *args: Tree) -> None:
-    """Compiles a jitted step and notes what XLA says of it.
+    """Compiles a jitted step and notes what XLA says of it, and the least bytes that it moves.
 
-    The least bytes that it moves: its arguments read once (XLA leaves out what is not used), and
-    what trains written once; of Adam's two moments those of what trains, read and written.
+    They are its arguments (XLA leaves out what is not used) and, written, what trains; of Adam's
+    two moments those of what trains, read and written.
     """
     start = time.perf_counter()
     compiled = step.lower(*args).compile()
@@ -262,9 +257,9 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
 
 
 def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -> None:
-    """Notes what the samples say, also beside those of `all` and what the device can do.
+    """Notes what the samples say, also beside those of `all` and the roofline.
 
-    The roofline: no step is faster than its least FLOPs at the peak, or its bytes at theirs.
+    That is the time of the least FLOPs at the peak or, if longer, of the least bytes at theirs.
     """
     row.step_s = float(np.median(row.samples))
     row.spread_s = float(np.median(np.abs(np.subtract(row.samples, row.step_s))))
@@ -440,17 +435,17 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     state, loss = row.run(state, 1)
     after = read(state)
     if not jnp.isfinite(loss).all():
-        raise Stop(1, f"{what}: the loss is {loss}")
+        raise FloatingPointError(f"{what}: the loss is {loss}")
     like, wanted = first.setdefault(row.group, (row, after))
     for name, leaf in after.items():
         a, b, was = map(np.float32, (leaf, wanted.get(name, before[name]), before[name]))
         if not np.isfinite(a).all():
-            raise Stop(1, f"{what}: the gradient of {name!r} is not finite")
+            raise FloatingPointError(f"{what}: the gradient of {name!r} is not finite")
         apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
         eps = float(np.spacing(leaf.dtype.type(1)))
         if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
             differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
-            raise Stop(1, f"{what} must take the step of {label(like)}: {differs}")
+            raise FloatingPointError(f"{what} must take the step of {label(like)}: {differs}")
 
 
 # ----------------------------------------------------------------------------- the tables
@@ -670,9 +665,8 @@ def problems_of(options: Namespace) -> list[Problem]:
 def set_up(options: Namespace) -> list[Problem]:
     """Makes or joins the devices that are asked for, and gives the problems.
 
-    All processes end by one line where one refuses, or was given other options than process 0.
-    JAX ends this one itself, by a C++ stack, where others do not come within a minute, come twice,
-    or die; it gives up on one that is silent for 100 s.
+    All processes end by one line where one refuses or was given other options. Where others do not
+    come within a minute, come twice, or die, JAX ends this one itself, by a C++ stack.
     """
     if options.compile_only:
         flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
@@ -715,7 +709,7 @@ def set_up(options: Namespace) -> list[Problem]:
     if len(said) > 1:
         told = "; ".join(f"process {i}: {text}" for text, i in said.items())
     if told:
-        raise Stop(2, f"error: {told}")
+        raise ValueError(told)
     return problems
 
 
@@ -728,11 +722,7 @@ TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s"
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Three digits with a prefix, or a ratio; nothing for None.
-
-    >>> quantity(0.0012345, "s"), quantity(999.9, "B"), quantity(0.345, "x")
-    ('1.23 ms', '1.00 kB', '0.345x')
-    """
+    """Three digits with a prefix, or a ratio; nothing for None."""
     if value is None:
         return ""
     power = 0 if unit == "x" else int(f"{value:.2e}".partition("e")[2]) // 3  # once rounded
@@ -855,22 +845,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows += [row for row in group if row.table]
                 note_comparisons([row for row in rows if row.table == table])
                 say(*(line(row) for row in group if row.table), sep="\n")
-    except Stop as stop:
-        code, ended = stop.args
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:  # also an OSError: stdout is gone, `| head`
-        code, ended = (1, repr(error)) if facts else (2, f"error: {error}".partition("\n")[0])
-        if facts and not isinstance(error, OSError):
+        code, ended = 1 if facts else 2, f"error: {error}"
+        if facts and not isinstance(error, (OSError, FloatingPointError)):
             sys.excepthook(*sys.exc_info())
     try:
         if rows:
             write(options, facts, rows, ended)
             say("", *answers(rows), sep="\n")
     except OSError as error:
-        code, ended = code or 1, repr(error)
+        code, ended = code or 1, f"error: {error}"
     if code:
-        say(f"bench.py: {ended}", file=sys.stderr)
+        say(f"bench.py: {ended}".partition("\n")[0], file=sys.stderr)
     for child in multiprocessing.active_children():
         child.kill()
     if code in (0, 2):
