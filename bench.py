@@ -292,7 +292,6 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     They share by rows a batch that has each row once for each of them, and a ``sharded``
     parameter by its first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
-
     mesh = Mesh(devices or jax.local_devices()[:1], "data")
 
     def put(leaf: Any, axes: Sequence[int] = ()) -> Any:
@@ -308,8 +307,8 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     def shared(leaf: Any) -> Any:
         if leaf.shape[:1] != (problem.rows,):  # a random key serves all devices
             return put(leaf)
-        repeat = partial(jnp.repeat, repeats=row.devices, axis=0)
-        return put(jax.eval_shape(repeat, leaf) if row.simulated else repeat(leaf), [0])
+        copies = partial(jnp.repeat, repeats=row.devices, axis=0)
+        return put(jax.eval_shape(copies, leaf) if row.simulated else copies(leaf), [0])
 
     params, batch = jax.tree.map(held, problem.params), jax.tree.map(shared, problem.batch)
     start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
@@ -558,13 +557,8 @@ def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[lis
         yield peers().rows(sys.modules[__name__], problem)
 
 
-TABLES: dict[str, Function] = {
-    "methods": methods_table,
-    "prefix": prefix_table,
-    "devices": devices_table,
-    "run": run_table,
-    "peers": peers_table,
-}
+tables: list[Function] = [methods_table, prefix_table, devices_table, run_table, peers_table]
+TABLES = {table.__name__.removesuffix("_table"): table for table in tables}
 
 # ---------------------------------------------------------------- options and the cluster
 
