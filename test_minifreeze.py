@@ -41,6 +41,11 @@ from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # in a process of its own, before what this one need not import
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]
+    command = [sys.executable, "-m", "pytest", __file__, *workers, *sys.argv[1:]]
+    sys.exit(subprocess.call(command))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -2397,9 +2402,3 @@ def test_readme_hole_errors_read_so_and_what_it_says_mends_them():
             for quote in quotes
         ), said
         mended()
-
-
-if __name__ == "__main__":  # in a process of its own, for pytest wants to import first
-    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]
-    command = [sys.executable, "-m", "pytest", __file__, *workers, *sys.argv[1:]]
-    sys.exit(subprocess.call(command))
