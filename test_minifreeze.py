@@ -726,6 +726,10 @@ def refused(argv, capsys, *words):
     assert [word for word in words if word not in said.err] == [], said.err
 
 
+def blank(figure, renderer):
+    """Draws nothing, where only what becomes of the file is looked at: it takes long."""
+
+
 def test_main_keeps_the_old_picture_when_the_disk_is_full(monkeypatch, capsys, tmp_path):
     picture, limits, savefig = tmp_path / "x.png", getrlimit(RLIMIT_FSIZE), figure.Figure.savefig
 
@@ -734,6 +738,7 @@ def test_main_keeps_the_old_picture_when_the_disk_is_full(monkeypatch, capsys, t
         savefig(self, *args, **options)
 
     monkeypatch.setattr(figure.Figure, "savefig", onto_a_full_disk)
+    monkeypatch.setattr(figure.Figure, "draw", blank)
     picture.write_text("the old picture")
     try:
         refused(["--seed=0", "--steps=4", "--plot", str(picture)], capsys, "x.png", "too large")
@@ -923,6 +928,7 @@ def test_bad_input(call, error, words):
 }.items(), ids=str)  # fmt: skip
 def test_main_refuses_bad_arguments(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figure.Figure, "draw", blank)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "old.xyz").write_text("mine")
     (tmp_path / "full.png").symlink_to("/dev/full")
