@@ -1222,6 +1222,7 @@ def test_hoist_is_the_mlps_loss_and_gradient_bit_for_bit():
     choices = ["linear_2", "!linear_0", "!linear_1", "*/b", "*/w", "*"]
     parts = [mf.partition(where, params) for where in choices]
     parts.append(mf.partition("*", params)[::-1])  # nothing trains
+    args, compared = (parts, 2 * x, y[::-1]), set()
 
     @jax.jit
     def unsplit(parts, x, y):
@@ -1241,7 +1242,10 @@ def test_hoist_is_the_mlps_loss_and_gradient_bit_for_bit():
                 for part, (once, rest) in zip(parts, halves)
             ]
 
-        got, want = split(parts, 2 * x, y[::-1]), unsplit(parts, 2 * x, y[::-1])
+        if (program := split.lower(*args).as_text()) in compared:
+            continue  # letter by letter the same, and so bit by bit
+        compared.add(program)
+        got, want = split(*args), unsplit(*args)
         close(got, want)
         # XLA of jax 0.7 fuses what is rematerialised in another way, which shows in the last bit.
         assert same(got, want) or (form, jax.__version__[:4]) == ("checkpointed", "0.7.")
