@@ -66,7 +66,7 @@ settings.register_profile(  # that a mutant fails is enough: no smaller example 
 )
 settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-processes = pytest.mark.xdist_group("processes")  # what starts processes runs one by one
+processes = pytest.mark.xdist_group("processes")  # what starts some or runs main, one by one
 optimised = pytest.mark.xdist_group("optimised")  # what compares bits or costs, one after another
 # XLA's newer emitters and its threads take three times as long for programs as small as these.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
@@ -690,6 +690,7 @@ def test_main_as_it_is_run_alone_in_an_empty_folder(tmp_path):
     assert lines[learned + 22 :] == told[-3:]
 
 
+@processes
 def test_main_line_by_line_and_it_draws_every_parameter_twice(monkeypatch, capsys, tmp_path):
     figures, savefig, picture = [], figure.Figure.savefig, tmp_path / "params.png"
 
