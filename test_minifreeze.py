@@ -529,7 +529,7 @@ def numpy_gradients():
 def test_apply_agrees_with_numpy_at_any_depth_however_the_layers_are_sorted():
     deep = {f"linear_{i}": {"w": w, "b": i * w[0]} for i, w in enumerate(normal(12, 3, 3))}
     assert list(jax.tree.map(np.shape, deep))[2] == "linear_10"
-    one = drawn(3, 3)
+    one = mf.init(jax.random.key(0), [3, 3])
     for params, shape in [(net().params, ()), (net().params, (2, 5)), (deep, (4,)), (one, (4,))]:
         x = normal(*shape, 3)
         logits, want = jax.jit(mf.apply)(params, x), np.float32(numpy_logits(params, x))
