@@ -8,8 +8,7 @@
 # SPDX-License-Identifier: MIT
 """The tests of minifreeze: `uv run test_minifreeze.py [pytest's options]` runs them all.
 
-In the order of the module (choosing and splitting, merging, summary, warm_start, hoist, the
-walk-through), then the peers, the bench and the README.
+In the order of the module, then the peers, the bench and the README.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ settings.register_profile(  # that a mutant fails is enough: no smaller example 
 settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 processes = pytest.mark.xdist_group("processes")  # what starts some or runs main, one by one
+peers = pytest.mark.xdist_group("peers")  # what imports them all
 optimised = pytest.mark.xdist_group("optimised")  # what compares bits or costs, one after another
 # XLA's newer emitters and its threads take three times as long for programs as small as these.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
@@ -732,6 +732,7 @@ def refused(argv, capsys, *words):
     assert [word for word in words if word not in said.err] == [], said.err
 
 
+@processes
 def test_main_keeps_the_old_picture_when_the_disk_is_full(monkeypatch, capsys, tmp_path):
     picture, limits = tmp_path / "x.png", getrlimit(RLIMIT_FSIZE)
     # In the place of drawing, which takes a second: the picture is blank, and does not fit.
@@ -745,6 +746,7 @@ def test_main_keeps_the_old_picture_when_the_disk_is_full(monkeypatch, capsys, t
     assert [file.read_text() for file in tmp_path.iterdir()] == ["the old picture"]
 
 
+@processes
 def test_main_without_matplotlib_says_in_one_line_how_to_get_it(monkeypatch, capsys):
     for name in {"matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
@@ -1543,7 +1545,7 @@ def peers_models():
     }
 
 
-@pytest.mark.xdist_group("peers")  # made once
+@peers
 @pytest.mark.parametrize("name", "haiku equinox linen frozen_dict nnx tuple dataclass".split())
 def test_a_peers_model_splits_trains_hoists_and_merges(name):
     model, forward, where, taken = peers_models()[name]
@@ -1713,14 +1715,12 @@ def test_trap_statistics_of_a_frozen_layer_move():
 
 
 # ------------------------------------------------------------------------------- the bench
-# What the figures are made of is worked out by hand; what is refused, or goes wrong, is asked
-# for in this process; one run is as it is typed, and two processes make one cluster.
+# Figures are worked out by hand; one run is as it is typed, and two processes make one cluster.
 
 METHODS = ["all", "partition", "hoist", "stop_gradient", "mask"]
 KEYS = """table problem method clip platform devices simulated layout step_s spread_s vs_all
     compile_s flops flops_min peak_share temp_bytes trainable_bytes collective_bytes""".split()
 LAYOUTS = list(itertools.product(("replicated", "sharded"), ("all", "partition")))
-FOLDER = Path(bench.__file__).parent
 SHORT = {"SAMPLE_S": 1e-4, "RUN_STEPS": 10, "VECTOR": 2**10, "SIDE": {"cpu": 8}}  # untimed
 SMALL = "--sizes 8 16 4 --batch 8 --rounds 1".split()
 
@@ -1998,6 +1998,7 @@ def test_bench_answer_says_what_the_rows_say():
     ]
 
 
+@peers
 def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
     code, _, error = bench_here(capsys, "--tables", "peers", *SMALL, "--json", tmp_path / "x.json")
     rows = rows_of(tmp_path / "x.json")[4:]
@@ -2133,7 +2134,7 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
 @pytest.mark.parametrize(("options", "words"), [
     ("--devices 4096", "simulates more: there are 1 in 1 processes, [CpuDevice(id=0)]"),
     ("--devices 7 3 7", "--devices names a count twice: [7, 3, 7]"),
-    ("--train nope --tables methods", "seed: pattern 'nope' matches none of"),
+    ("--train nope --sizes 2 2", "mlp: pattern 'nope' matches none of"),
     ("--sizes 8", "--sizes [8]: sizes must be two or more positive integers, got (8,)"),
     ("--sizes 8 99999999999", "below 2**31, got '99999999999'"),
     ("--sizes 8 4 --tables run", "--sizes is not used with run"),
@@ -2238,7 +2239,7 @@ CLUSTER = """if True:
     assert run(*joined, "--process", 2) == run(*joined[2:]) == 2
     assert run(*joined, *sizes, "--rounds", 3 + int(process)) == 2
     assert run(*sizes, "--rounds", 2, "--optimizer", "adam", "--json", file) == 0
-    run(*sizes, "--sizes", 7, 3, 5, "--rounds", 10**6)
+    run(*sizes, "--rounds", 10**6)
 """
 
 
@@ -2250,10 +2251,8 @@ def test_bench_two_processes_train_as_one_and_end_with_each_other(tmp_path):
         port = str(free.getsockname()[1])
     command = [sys.executable, "-W", "error", "-c", CLUSTER]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [
-        subprocess.Popen([*command, str(i), port, tmp_path / "x.json"], cwd=FOLDER, **pipes)
-        for i in (0, 1)
-    ]
+    start = partial(subprocess.Popen, cwd=HERE, **pipes)
+    both = [start([*command, str(i), port, tmp_path / "x.json"]) for i in (0, 1)]
     printed = ""
     for line in both[0].stdout:
         printed += line
@@ -2302,6 +2301,7 @@ def programs() -> dict[str, list[tuple[str, str, str]]]:
     return {title: blocks for title, blocks in found.items() if blocks}
 
 
+@peers
 @pytest.mark.parametrize("title", programs())
 def test_readme_blocks_print_what_they_show(title, capsys):
     """The blocks of a `##` are one program, and each `###` goes on from there by itself."""
@@ -2328,10 +2328,10 @@ def test_readme_model_goes_through_the_bench(tmp_path):
     assert re.search(r"partition, replicated +\d", done.stdout)
 
 
-@processes
-def test_readme_tables_are_those_of_the_committed_results():
-    done = python([sys.executable, HERE / ".ci/readme", "--check"])
-    assert done.returncode == 0, done.stderr
+def test_readme_tables_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [".ci/readme", "--check"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(HERE / ".ci/readme"), run_name="__main__")
 
 
 def test_readme_names_what_is_there_and_every_trap():
