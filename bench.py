@@ -637,7 +637,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def problems_of(options: Namespace) -> list[Problem]:
-    """The user's model, or an MLP of such sizes, or the usual ones; of each something trains."""
+    """The user's model, or an MLP of the sizes given, or the usual ones."""
     turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
     where, chosen = options.train or turned, PROBLEMS
     if options.model:
@@ -681,7 +681,8 @@ def set_up(options: Namespace) -> list[Problem]:
         doing = "--json, --plot (uv run --with matplotlib bench.py)"
         write(options, {}, [], "")
         doing = "--peers needs the other libraries' steps"
-        _ = "peers" in options.tables and peers()
+        if "peers" in options.tables:
+            peers()
         here, processes = jax.devices(), jax.process_count()
         for count in options.devices or []:
             doing = f"--devices {count}; --compile-only simulates more"
