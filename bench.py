@@ -43,7 +43,6 @@ import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.extend.backend import backends
-from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import minifreeze as mf
@@ -86,22 +85,19 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 }
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def draw(sizes: tuple[int, ...], rows: int, dtype: str) -> tuple[Tree, tuple[Tree, ...]]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[1], (rows, sizes[0]), dtype)
-    y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
-    return mf.init(keys[0], sizes, dtype), (x, y)
-
-
 def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
     """The module's MLP, on noise; where nothing runs, its shapes alone."""
 
     def loss(params: Tree, *batch: jax.Array) -> Any:
         return mf.loss_fn(*mf.partition("*", params), *batch)
 
-    drawn = partial(draw, sizes, rows, options.dtype)
-    params, batch = jax.eval_shape(drawn) if options.compile_only else drawn()
+    def draw() -> tuple[Tree, tuple[Tree, ...]]:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[1], (rows, sizes[0]), options.dtype)
+        y = jax.random.randint(keys[2], (rows,), 0, sizes[-1])
+        return mf.init(keys[0], sizes, options.dtype), (x, y)
+
+    params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
     return Problem(name, where, loss, params, batch, rows, sizes)
 
 
@@ -289,30 +285,28 @@ def note_comparisons(rows: Sequence[Row]) -> None:
 def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> None:
     """Compiles a method's step, for the default device or for ``row.devices`` of them.
 
-    They share by rows a batch that has each row once for each of them, and a ``sharded``
-    parameter by its first axis that they divide. Of what is simulated the arrays are shapes alone.
+    A batch has each row once for each of them. They share it, and ``sharded`` parameters, by the
+    first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
-    mesh = Mesh(devices or jax.local_devices()[:1], "data")
+    mesh = jax.sharding.Mesh(devices or jax.local_devices()[:1], "data")
 
-    def put(leaf: Any, axes: Sequence[int] = ()) -> Any:
+    def put(leaf: Any, share: bool) -> Any:
+        axes = [i for i, n in enumerate(leaf.shape) if share and n and n % row.devices == 0]
         spec = [*[None] * axes[0], "data"] if axes else []
-        place = NamedSharding(mesh, untyped.sharding.PartitionSpec(*spec))
+        place = jax.sharding.NamedSharding(mesh, untyped.sharding.PartitionSpec(*spec))
         shape = untyped.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return shape if row.simulated else jax.device_put(leaf, place)
 
-    def held(leaf: Any) -> Any:
-        axes = [i for i, n in enumerate(leaf.shape) if n and n % row.devices == 0]
-        return put(leaf, axes if row.layout == "sharded" else [])
-
-    def shared(leaf: Any) -> Any:
+    def for_each(leaf: Any) -> Any:
         if leaf.shape[:1] != (problem.rows,):  # a random key serves all devices
-            return put(leaf)
+            return put(leaf, False)
         copies = partial(jnp.repeat, repeats=row.devices, axis=0)
-        return put(jax.eval_shape(copies, leaf) if row.simulated else copies(leaf), [0])
+        return put(jax.eval_shape(copies, leaf) if row.simulated else copies(leaf), True)
 
-    params, batch = jax.tree.map(held, problem.params), jax.tree.map(shared, problem.batch)
+    params = jax.tree.map(partial(put, share=row.layout == "sharded"), problem.params)
+    batch = jax.tree.map(for_each, problem.batch)
     start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
-    state = start, (start, start, put(jnp.int32(0))) if row.optimizer == "adam" else ()
+    state = start, (start, start, put(jnp.int32(0), False)) if row.optimizer == "adam" else ()
     trains = problem.where if row.method != "all" else "*"
     row.batch, row.moment_bytes = problem.rows * row.devices, tree_bytes(state[1])
     row.trainable_bytes = tree_bytes(mf.partition(trains, params)[0])
