@@ -30,10 +30,10 @@ import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -55,7 +55,6 @@ SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
 VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
-PART = f".{os.getpid()}.part"  # of a name: what takes the file's place once it is whole
 
 
 # --------------------------------------------------------------------------- the problems
@@ -338,11 +337,10 @@ def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int) -> Any
     return state, loss
 
 
-@contextmanager
-def outliving(row: Row) -> Iterator[None]:
+def outliving(row: Row, do: Function) -> None:
     """A row that runs out of memory says so, is run no more, and the rest go on."""
     try:
-        yield
+        do(row)
     except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
         known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
         # The other processes of a cluster would wait for this one in the row's collectives.
@@ -355,10 +353,9 @@ def measure(rows: Sequence[Row], options: Namespace) -> None:
     """Makes rows, shows that they agree, and times them in rounds."""
     first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
-        with outliving(row):
-            row.make(row)
-            if row.run:
-                check_agreement(row, first)
+        outliving(row, row.make)
+        if row.run:
+            outliving(row, partial(check_agreement, first=first))
     rates = probes(options.dtype) if any(row.run for row in rows) else []
     time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
     timed = [row for row in rows if row.run]
@@ -390,14 +387,13 @@ def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
     for _ in range(rounds):
         shuffle(order)
         for row in order:
-            with outliving(row):
-                if row.run:
-                    row.samples.append(sample(row))
+            if row.run:
+                outliving(row, sample)
     gc.enable()
 
 
-def sample(row: Row) -> float:
-    """Seconds a step, by a sample that is long enough: for all processes by process 0's clock."""
+def sample(row: Row) -> None:
+    """Adds seconds a step, of a sample that is long enough: by process 0's clock for all."""
     wait = untyped.block_until_ready
     while True:
         state, _ = wait(row.run(row.fresh(), 1))  # untimed: fills the caches that others emptied
@@ -406,8 +402,9 @@ def sample(row: Row) -> float:
         took = np.float32(time.perf_counter() - start)
         seconds = float(multihost_utils.broadcast_one_to_all(took))
         if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
-            return seconds / int(row.steps)
+            break
         row.steps *= 2
+    row.samples.append(seconds / row.steps)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -781,21 +778,18 @@ def card(options: Namespace) -> dict[str, Any]:
 def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
     pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
-    files = {options.json: rows, options.plot: pictured}
-    files.pop(None, None)
-    try:
-        if options.json:
-            results = {"card": facts, "complete": ended == "complete", "ended": ended}
-            results["rows"] = [row.figures() for row in rows]
-            Path(options.json + PART).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        if options.plot:
-            kind = Path(options.plot).suffix[1:].lower()
-            drawing(pictured).savefig(options.plot + PART, format=kind)
-        for file in (file for file, made in files.items() if made):
-            os.replace(file + PART, file)
-    finally:
-        for file in files:
-            Path(file + PART).unlink(missing_ok=True)
+    results = {"card": facts, "complete": ended == "complete", "ended": ended}
+    text = json.dumps(results | {"rows": [row.figures() for row in rows]}, indent=1) + "\n"
+    for file, shown in ((options.json, rows), (options.plot, pictured)):
+        if file:
+            with TemporaryDirectory(dir=Path(file).parent) as folder:
+                part = Path(folder, "part")
+                if file == options.json:
+                    part.write_text(text, "utf-8")
+                else:
+                    drawing(pictured).savefig(part, format=Path(file).suffix[1:].lower())
+                if shown:
+                    part.replace(file)
 
 
 def drawing(rows: Sequence[Row]) -> Any:
