@@ -43,7 +43,6 @@ import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.extend.backend import backends
-from jax.tree_util import keystr, tree_leaves_with_path
 
 import minifreeze as mf
 
@@ -306,7 +305,7 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     batch = jax.tree.map(for_each, problem.batch)
     start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
     state = start, (start, start, put(jnp.int32(0), False)) if row.optimizer == "adam" else ()
-    trains = problem.where if row.method != "all" else "*"
+    trains, compared = (problem.where, "*") if row.method != "all" else ("*", problem.where)
     row.batch, row.moment_bytes = problem.rows * row.devices, tree_bytes(state[1])
     row.trainable_bytes = tree_bytes(mf.partition(trains, params)[0])
     row.flops_min = least_flops(problem, row.method)
@@ -319,7 +318,6 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, state[1]))
     row.run = None if row.simulated else partial(repeat, step, args)
     # Adam's first step is the gradients' sign, which a rounding turns: its moment is compared.
-    compared = problem.where if row.method == "all" else "*"
     row.read = lambda state: mf.partition(compared, (state[1] or state)[0])[0]
     # Clipped, `all` stands alone: a norm over all is another than one over what trains.
     row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
@@ -414,11 +412,10 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     TF32, and by four roundings of its largest value. What the first does not train must stay.
     """
 
-    def read(state: Tree) -> dict[str, np.ndarray]:  # whole, on the host
-        leaves = tree_leaves_with_path(row.read(state))
-        named = {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    def read(state: Tree) -> dict[Any, np.ndarray]:  # by key path; whole, on the host
         whole = partial(multihost_utils.process_allgather, tiled=True)
-        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in named.items()}
+        leaves = jax.tree_util.tree_leaves_with_path(row.read(state))
+        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
 
     what, state = f"{row.problem}: {label(row)}", row.fresh()
     before = read(state)
@@ -427,8 +424,9 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     if not jnp.isfinite(loss).all():
         raise FloatingPointError(f"{what}: the loss is {loss}")
     like, wanted = first.setdefault(row.group, (row, after))
-    for name, leaf in after.items():
-        a, b, was = map(np.float32, (leaf, wanted.get(name, before[name]), before[name]))
+    for path, leaf in after.items():
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
         if not np.isfinite(a).all():
             raise FloatingPointError(f"{what}: the gradient of {name!r} is not finite")
         apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
