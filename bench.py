@@ -329,9 +329,9 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
             row.remark = "what it draws at random is drawn once, and fixed"
 
 
-def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int) -> Any:
-    for _ in range(steps):
-        state, loss = step(state, *args)
+def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int, feed: Any = None) -> Any:
+    for batch in feed(steps) if feed else [()] * steps:
+        state, loss = step(state, *args, *batch)
     return state, loss
 
 
@@ -493,10 +493,9 @@ def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
     for devices in [usual] if chosen else map(jax.devices, backends()):
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
         in_turn = [d for turn in zip(*own) for d in turn]
+        several = devices != usual[:1]  # the usual one alone is in the other tables
         counts = {1, len(devices), *(processes * 2**i for i in range(20))}
-        if devices == usual and len(devices) == 1:
-            counts = set()  # it is in the other tables
-        for n in options.devices or sorted(n for n in counts if n <= len(devices)):
+        for n in options.devices or sorted(n for n in counts if several and n <= len(devices)):
             yield in_turn[:n]
 
 
@@ -525,13 +524,11 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: R
     jitted, loop = jax.jit(step, donate_argnums=0), list(zip(*batches))
     scan = row.method.endswith("scan")
 
-    def run(state: Tree, steps: int) -> Any:
-        for batch in [[column[:steps] for column in batches]] if scan else loop[:steps]:
-            state, loss = jitted(state, frozen, *batch)
-        return state, loss
+    def feed(steps: int) -> Any:
+        return [[column[:steps] for column in batches]] if scan else loop[:steps]
 
-    row.run, row.fresh = run, partial(jax.tree.map, jnp.copy, state)
-    row.batch = batches[1].shape[1]
+    row.run = partial(repeat, jitted, (frozen,), feed=feed)
+    row.fresh, row.batch = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
     note_program(row, jitted, state, frozen, *(batches if scan else loop[0]))
     row.flops = None if scan else row.flops  # of a loop XLA counts the body once
 
@@ -627,8 +624,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def problems_of(options: Namespace) -> list[Problem]:
     """The user's model, or an MLP of the sizes given, or the usual ones."""
-    turned = [p.removeprefix("!") if p.startswith("!") else f"!{p}" for p in options.freeze or []]
-    where, chosen = options.train or turned, PROBLEMS
+    where = options.train or [f"!{pattern}".removeprefix("!!") for pattern in options.freeze or []]
     if options.model:
         file, name = options.model.rsplit(":", 1)
         sys.path.insert(0, str(Path(file).parent.resolve()))
@@ -637,8 +633,8 @@ def problems_of(options: Namespace) -> list[Problem]:
         jax.eval_shape(jax.grad(loss), params, *batch)
         rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
         return [Problem(Path(file).stem, where, loss, params, batch, rows)]
-    if options.sizes:
-        chosen = {"mlp": (tuple(options.sizes), 64, [f"linear_{len(options.sizes) - 2}"])}
+    sizes = tuple(options.sizes or ())
+    chosen = {"mlp": (sizes, 64, [f"linear_{len(sizes) - 2}"])} if sizes else PROBLEMS
     return [
         mlp(name, sizes, options.batch or rows, where or usual, options)
         for name, (sizes, rows, usual) in chosen.items()
@@ -665,13 +661,12 @@ def set_up(options: Namespace) -> list[Problem]:
         if jax.process_index() != 0:  # process 0 alone prints and writes
             options.json = options.plot = None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    problems, told = list[Problem](), ""
+    problems, told, doing = list[Problem](), "", "--peers needs the other libraries' steps"
     try:
-        doing = "--json, --plot (uv run --with matplotlib bench.py)"
-        write(options, {}, [], "")
-        doing = "--peers needs the other libraries' steps"
         if "peers" in options.tables:
             peers()
+        doing = "--json, --plot (uv run --with matplotlib bench.py)"
+        write(options, {}, [], "")
         here, processes = jax.devices(), jax.process_count()
         for count in options.devices or []:
             doing = f"--devices {count}; --compile-only simulates more"
@@ -685,9 +680,8 @@ def set_up(options: Namespace) -> list[Problem]:
             mf.partition(problem.where, problem.params)
     except Exception as error:
         told = f"{doing}: {error}".partition("\n")[0]
-    own = ("json", "plot", "process")
-    given = {name: value for name, value in vars(options).items() if name not in own}
-    text = np.frombuffer((told or str(given)).encode().ljust(2**14)[: 2**14], np.uint8)
+    shared = vars(options) | dict.fromkeys(("json", "plot", "process"))
+    text = np.frombuffer((told or str(shared)).encode().ljust(2**14)[: 2**14], np.uint8)
     texts = multihost_utils.process_allgather(text).reshape(-1, 2**14)
     said = {text.tobytes().decode(errors="replace").strip(): i for i, text in enumerate(texts)}
     if len(said) > 1:
