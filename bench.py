@@ -84,7 +84,8 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 
 
 def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
-    """The module's MLP, on noise; where nothing runs, its shapes alone."""
+    """The module's MLP, on noise, or as the options have it; where nothing runs, shapes alone."""
+    rows, where = options.batch or rows, options.where or where
 
     def loss(params: Tree, *batch: jax.Array) -> Any:
         return mf.loss_fn(*mf.partition("*", params), *batch)
@@ -489,8 +490,7 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
 def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
     """Of each platform 1, 2, 4, ... devices, as many of each process."""
     usual, processes = jax.devices(), jax.process_count()
-    chosen = options.devices or processes > 1
-    for devices in [usual] if chosen else map(jax.devices, backends()):
+    for devices in [usual] if options.devices or processes > 1 else map(jax.devices, backends()):
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
         in_turn = [d for turn in zip(*own) for d in turn]
         several = devices != usual[:1]  # the usual one alone is in the other tables
@@ -555,7 +555,6 @@ UNUSED = {  # by a table, or beside another option
     "run": f"sizes batch train freeze optimizer model {DEVICES}",
     "peers": f"optimizer model {DEVICES}",
     "model": "sizes batch dtype",
-    "cluster": "coordinator",
     "compile_only": "cluster coordinator rounds",
 }
 
@@ -617,6 +616,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for why in (why for why, wrong in refusals.items() if wrong):
         parser.error(why)
     options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
+    options.where = options.train or [f"!{p}".removeprefix("!!") for p in options.freeze or []]
     options.usual = options.optimizer or "sgd"
     options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
     return options
@@ -624,7 +624,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def problems_of(options: Namespace) -> list[Problem]:
     """The user's model, or an MLP of the sizes given, or the usual ones."""
-    where = options.train or [f"!{pattern}".removeprefix("!!") for pattern in options.freeze or []]
     if options.model:
         file, name = options.model.rsplit(":", 1)
         sys.path.insert(0, str(Path(file).parent.resolve()))
@@ -632,13 +631,10 @@ def problems_of(options: Namespace) -> list[Problem]:
         params, batch = jax.tree.map(jnp.asarray, (params, tuple(batch)))
         jax.eval_shape(jax.grad(loss), params, *batch)
         rows = next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 1)
-        return [Problem(Path(file).stem, where, loss, params, batch, rows)]
-    sizes = tuple(options.sizes or ())
+        return [Problem(Path(file).stem, options.where, loss, params, batch, rows)]
+    sizes: tuple[int, ...] = tuple(options.sizes or ())
     chosen = {"mlp": (sizes, 64, [f"linear_{len(sizes) - 2}"])} if sizes else PROBLEMS
-    return [
-        mlp(name, sizes, options.batch or rows, where or usual, options)
-        for name, (sizes, rows, usual) in chosen.items()
-    ]
+    return [mlp(name, *problem, options) for name, problem in chosen.items()]
 
 
 def set_up(options: Namespace) -> list[Problem]:
