@@ -87,9 +87,6 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
     """The module's MLP, on noise, or as the options have it; where nothing runs, shapes alone."""
     rows, where = options.batch or rows, options.where or where
 
-    def loss(params: Tree, *batch: jax.Array) -> Any:
-        return mf.loss_fn(*mf.partition("*", params), *batch)
-
     def draw() -> tuple[Tree, tuple[Tree, ...]]:
         keys = jax.random.split(jax.random.key(0), 3)
         x = jax.random.normal(keys[1], (rows, sizes[0]), options.dtype)
@@ -97,7 +94,8 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
         return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
-    return Problem(name, where, loss, params, batch, rows, sizes)
+    _, holes = mf.partition("*", params)  # the other part that the module's loss takes
+    return Problem(name, where, partial(mf.loss_fn, holes), params, batch, rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
