@@ -444,12 +444,11 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
     for problem in problems:
         # Of a model of the user's, nobody knows whether there is something to hoist.
         same = problem.sizes and least_flops(problem, "hoist") == least_flops(problem, "partition")
-        *ways, not_donated = [way for way in WAYS if not (same and way == "hoist")]
+        ways = [way for way in WAYS if not (same and way == "hoist")]
         kinds = [(way, False, options.usual) for way in ways]
-        if problem is problems[-1]:
-            kinds += [(not_donated, False, options.usual)]
-            kinds += [(way, True, options.usual) for way in ways]
-            kinds += [(way, False, "adam") for way in ways[:-2] if options.optimizer is None]
+        kinds += [(way, True, options.usual) for way in ways[:-1]]
+        kinds += [(way, False, "adam") for way in ways[:-3] if options.optimizer is None]
+        kinds = kinds if problem is problems[-1] else kinds[: len(ways) - 1]
         new = partial(Row, "methods", problem.name, make=partial(prepare, problem))
         yield [new(way, clip, optimizer=optimizer) for way, clip, optimizer in kinds]
 
@@ -790,11 +789,10 @@ def drawing(rows: Sequence[Row]) -> Any:
     left.set(title="ms a step, by layers frozen from the first", xticks=range(len(prefix)))
     left.legend()
     methods = [row for row in rows if row.table == "methods"]
-    methods = [row for row in methods if row.problem == methods[-1].problem]
+    methods = [row for row in reversed(methods) if row.problem == methods[-1].problem]
     bars = right.barh([label(row) for row in methods], [1e3 * row.step_s for row in methods])
     right.bar_label(bars, fmt="{:.3g}")
     right.set(title="ms a step, by method", xmargin=0.15)
-    right.invert_yaxis()
     return figure
 
 
