@@ -552,6 +552,7 @@ UNUSED = {  # by a table, or beside another option
     "run": f"sizes batch train freeze optimizer model {DEVICES}",
     "peers": f"optimizer model {DEVICES}",
     "model": "sizes batch dtype",
+    "cluster": "coordinator",
     "compile_only": "cluster coordinator rounds",
 }
 
