@@ -329,6 +329,7 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
 
 
 def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int, feed: Any = None) -> Any:
+    """Takes steps on ``args`` and what ``feed(steps)`` gives: batches, or one of them all."""
     for batch in feed(steps) if feed else [()] * steps:
         state, loss = step(state, *args, *batch)
     return state, loss
@@ -790,7 +791,7 @@ def drawing(rows: Sequence[Row]) -> Any:
     left.set(title="ms a step, by layers frozen from the first", xticks=range(len(prefix)))
     left.legend()
     methods = [row for row in rows if row.table == "methods"]
-    methods = [row for row in reversed(methods) if row.problem == methods[-1].problem]
+    methods = [row for row in reversed(methods) if row.problem == methods[-1].problem]  # upwards
     bars = right.barh([label(row) for row in methods], [1e3 * row.step_s for row in methods])
     right.bar_label(bars, fmt="{:.3g}")
     right.set(title="ms a step, by method", xmargin=0.15)
