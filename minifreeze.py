@@ -287,7 +287,8 @@ def _open(closed: Any) -> Any:
     for eqn in closed.jaxpr.eqns:
         if eqn.primitive.name in ("jit", "pjit"):  # its name until jax 0.6
             inner = _open(eqn.params["jaxpr"])
-            eqn = eqn.replace(params={**eqn.params, "jaxpr": inner, "inline": True})
+            inline = getattr(type(eqn.params["inline"]), "JAX_EARLY", True)  # a bool until 0.10
+            eqn = eqn.replace(params={**eqn.params, "jaxpr": inner, "inline": inline})
         eqns.append(eqn)
     marked = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked

@@ -70,7 +70,7 @@ peers = pytest.mark.xdist_group("peers")  # what imports them all
 optimised = pytest.mark.xdist_group("optimised")  # what compares bits or costs, one after another
 # XLA's newer emitters and its threads take three times as long for programs as small as these.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ >= (0, 7) else []
+FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if (0, 7) <= jax.__version_info__ < (0, 11) else []
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # before the first array is made
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that are started
 gc.set_threshold(50_000)  # what JAX leaves behind is little, and looked through again and again
