@@ -259,10 +259,10 @@ def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -
     row.vs_all = float(np.median(np.divide(row.samples, base))) if base else None
     row.once_s = float(np.median(row.once.samples)) if row.once else None
     row.rows_per_s = row.batch / row.step_s
-    if row.flops is not None and row.platform == jax.default_backend():  # whose peak it is
-        row.peak_share = row.flops / row.step_s / peak
-        least = max((row.flops_min or row.flops) / peak, (row.bytes_min or 0) / bandwidth)
-        row.roofline_share = least / row.step_s
+    flops = row.flops_min or row.flops
+    if flops is not None and row.platform == jax.default_backend():  # whose peak it is
+        row.peak_share = None if row.flops is None else row.flops / row.step_s / peak
+        row.roofline_share = max(flops / peak, (row.bytes_min or 0) / bandwidth) / row.step_s
 
 
 def note_comparisons(rows: Sequence[Row]) -> None:
@@ -471,8 +471,9 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
         n, kind = len(devices), devices[0].platform
         simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
         new = partial(Row, platform=kind, devices=n, simulated=simulated, optimizer=options.usual)
-        # One device, with as many rows, must take the same step; it is not shown.
-        alone = [] if simulated else [new("", problem.name, "all", make=partial(prepare, problem))]
+        # One of them, with as many rows, must take the same step; it is not shown.
+        one = partial(prepare, problem, devices=jax.local_devices(backend=kind)[:1])
+        alone = [] if simulated else [new("", problem.name, "all", make=one)]
         new = partial(new, "devices", problem.name, make=partial(prepare, problem, devices=devices))
         leaves = jax.tree.leaves(problem.params)
         divides = n > 1 and any(axis % n == 0 for leaf in leaves for axis in leaf.shape)
@@ -712,7 +713,7 @@ def label(row: Row) -> str:
 
 def line(row: Row) -> str:
     """A row under ``TITLES``, and below it what it has no columns for."""
-    where = row.problem + f" on {row.devices}" * (row.table == "devices")
+    where = row.problem + f" on {row.devices} {row.platform}" * (row.table == "devices")
     values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
     cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
     cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
@@ -739,11 +740,12 @@ def answers(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
         if usual and row.table in ("methods", "run", "devices") and row.problem == last[row.table]:
-            what = row.problem + f" on {row.devices} devices" * (row.table == "devices")
+            place = f" on {row.devices} {row.platform} devices" * (row.table == "devices")
             ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
             step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
             facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
-            said.setdefault(f"{what}, {row.layout or row.optimizer}", []).append(", ".join(facts))
+            what = f"{row.problem}{place}, {row.layout or row.optimizer}"
+            said.setdefault(what, []).append(", ".join(facts))
     return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 
 

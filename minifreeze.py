@@ -196,7 +196,7 @@ def _spec(leaf: Any) -> tuple[str, str, int, int]:
     if isinstance(leaf, type) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return "-", type(leaf).__name__, 0, 0
     count = int(np.prod(leaf.shape))
-    return str(tuple(leaf.shape)), str(leaf.dtype), count, count * leaf.dtype.itemsize
+    return str(tuple(map(int, leaf.shape))), str(leaf.dtype), count, count * leaf.dtype.itemsize
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> str:
@@ -285,11 +285,11 @@ def _open(closed: Any) -> Any:
     """A jaxpr with every jit, at any depth, replaced by its body; not if it has shardings."""
     eqns = []
     for eqn in closed.jaxpr.eqns:
+        params = dict(eqn.params)
         if eqn.primitive.name in ("jit", "pjit"):  # its name until jax 0.6
-            inner = _open(eqn.params["jaxpr"])
-            inline = getattr(type(eqn.params["inline"]), "JAX_EARLY", True)  # a bool until 0.10
-            eqn = eqn.replace(params={**eqn.params, "jaxpr": inner, "inline": inline})
-        eqns.append(eqn)
+            params["jaxpr"] = _open(params["jaxpr"])
+            params["inline"] = getattr(type(params["inline"]), "JAX_EARLY", True)  # until 0.10 True
+        eqns.append(eqn.replace(params=params))
     marked = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
 
@@ -300,24 +300,24 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
     weights = {*stays, *(var for var in closed.jaxpr.constvars if var.aval.shape)}
     origin = {var: {var} for var in given}  # of what is made of the batch: what to have it of
 
-    def fewest_bytes(variables: set[Any]) -> set[Any]:  # each itself or its origin
-        return set().union(*(min(origin[var], {var}, key=_bytes) for var in variables))
+    def fewest_bytes(variables: set[Any]) -> set[Any]:
+        """Their origins, or for each itself if that is smaller; without what the others give."""
+        nearest = [min(origin[var], {var}, key=_bytes) for var in variables]
+        sets = set().union(*(origin[var] for var in variables)), set().union(*nearest)
+        return min(({v for v in some if not origin[v] <= some - {v}} for some in sets), key=_bytes)
 
     for eqn in _cut(closed, closed.jaxpr.invars, closed.jaxpr.outvars).jaxpr.eqns:
         inputs = _variables(eqn.invars)
-        batch = inputs & origin.keys()
         if eqn.effects or inputs & every_step:
             every_step.update(eqn.outvars)
             used |= inputs
             continue
-        behind = min(set().union(*(origin[var] for var in batch)), fewest_bytes(batch), key=_bytes)
+        behind = fewest_bytes(inputs & origin.keys())
         if any(np.ndim(a.val) if isinstance(a, Literal) else a in weights for a in eqn.invars):
             weights.update(eqn.outvars)
             behind = behind if _is_cheap(eqn) else set()
-        origin |= {var: behind or {var} for var in eqn.outvars if batch}
-    kept = fewest_bytes(used & origin.keys())
-    # What can be had of the others need not be kept beside them.
-    return [var for var in origin if var in kept and not origin[var] <= kept - {var}]
+        origin |= {var: behind or {var} for var in eqn.outvars if inputs & origin.keys()}
+    return sorted(fewest_bytes(used & origin.keys()), key=list(origin).index)
 
 
 def _is_cheap(e: Any) -> bool:  # an equation; relu is a custom_jvp of a jit
@@ -513,8 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _plot(args.plot, before, after, frozen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            how = ", pip install matplotlib" * isinstance(error, ImportError)
-            parser.error(f"--plot {args.plot}: {' '.join(str(error).split())}{how}")
+            parser.error(" ".join(f"--plot {args.plot} (pip install matplotlib): {error}".split()))
 
 
 if __name__ == "__main__":
