@@ -1990,13 +1990,13 @@ def test_bench_answer_says_what_the_rows_say():
         bench.Row("methods", "deep", "all", memory_bytes=118_000_000, step_s=0.04, vs_all=1),
         bench.Row("methods", "deep", "hoist", memory_bytes=2000, step_s=0.0002, vs_all=0.005,
                   once_s=0.01, break_even=1.02, kept_bytes=500, kept_ratio=2),
-        bench.Row("devices", "deep", "all", devices=8, layout="replicated", sent_bytes=9000,
+        bench.Row("devices", "deep", "all", False, "tpu", 8, layout="replicated", sent_bytes=9000,
                   collective_bytes=5000, step_s=0.08, efficiency=0.5),
     ]  # fmt: skip
     assert bench.answers(rows) == [
         "deep, sgd: all 40.0 ms, 118 MB | hoist 200 µs (200x), 2.00 kB, once 10.0 ms and 500 B "
         "more a batch (2.0x its own), paid after 1 epochs",
-        "deep on 8 cpu devices, replicated: all 80.0 ms, collectives' results 5.00 kB, sent by "
+        "deep on 8 tpu devices, replicated: all 80.0 ms, collectives' results 5.00 kB, sent by "
         "each in a ring 9.00 kB, each at 50% of one's pace",
     ]
 
