@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 """bench: what freezing buys on this machine, across its devices, for your model.
 
-    python bench.py                                         # every table, under 90 seconds
+    python bench.py                                         # every table, 90 s on two cores
     python bench.py --model mine.py:make --train 'head/*'   # your own model
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
     python bench.py --json run.json --plot run.png          # to keep
