@@ -37,7 +37,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from jax.tree_util import all_leaves, keystr, register_dataclass, tree_flatten_with_path
 
 __all__ = ["Hole", "partition", "mask", "merge", "summary", "warm_start", "hoist"]
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 T = TypeVar("T")
 PyTree: TypeAlias = Any
 Fn: TypeAlias = Callable[..., Any]
