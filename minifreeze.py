@@ -288,7 +288,7 @@ def _open(closed: Any) -> Any:
         params = dict(eqn.params)
         if eqn.primitive.name in ("jit", "pjit"):  # its name until jax 0.6
             params["jaxpr"] = _open(params["jaxpr"])
-            params["inline"] = getattr(type(params["inline"]), "JAX_EARLY", True)  # until 0.10 True
+            params["inline"] = getattr(type(params["inline"]), "JAX_EARLY", True)  # bool until 0.11
         eqns.append(eqn.replace(params=params))
     marked = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
