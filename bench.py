@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 """bench: what freezing buys on this machine, across its devices, for your model.
 
-    python bench.py                                         # every table, 90 s on two cores
+    python bench.py                                         # all but peers, 90 s on two cores
     python bench.py --model mine.py:make --train 'head/*'   # your own model
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
     python bench.py --json run.json --plot run.png          # to keep
@@ -471,7 +471,7 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
         n, kind = len(devices), devices[0].platform
         simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
         new = partial(Row, platform=kind, devices=n, simulated=simulated, optimizer=options.usual)
-        # One of them, with as many rows, must take the same step; it is not shown.
+        # One device of their kind, with as many rows, must take the same step; it is not shown.
         one = partial(prepare, problem, devices=jax.local_devices(backend=kind)[:1])
         alone = [] if simulated else [new("", problem.name, "all", make=one)]
         new = partial(new, "devices", problem.name, make=partial(prepare, problem, devices=devices))
@@ -691,7 +691,7 @@ def set_up(options: Namespace) -> list[Problem]:
 
 MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
 memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
-LINE = "{:14}  {:27}" + " {:>8}" * 6
+LINE = "{:15}  {:27}" + " {:>8}" * 6
 TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
 
 

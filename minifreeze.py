@@ -301,7 +301,7 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
     origin = {var: {var} for var in given}  # of what is made of the batch: what to have it of
 
     def fewest_bytes(variables: set[Any]) -> set[Any]:
-        """Their origins, or for each itself if that is smaller; without what the others give."""
+        """All origins, or each itself where smaller, if that is less; without what others give."""
         nearest = [min(origin[var], {var}, key=_bytes) for var in variables]
         sets = set().union(*(origin[var] for var in variables)), set().union(*nearest)
         return min(({v for v in some if not origin[v] <= some - {v}} for some in sets), key=_bytes)
@@ -513,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _plot(args.plot, before, after, frozen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            parser.error(" ".join(f"--plot {args.plot} (pip install matplotlib): {error}".split()))
+            parser.error(" ".join(f"--plot {args.plot}: {error} (needs pip install matplotlib)".split()))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # before the first array is
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that are started
 gc.set_threshold(50_000)  # what JAX leaves behind is little, and looked through again and again
 ON_CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}  # for what needs more than one device
-python = partial(subprocess.run, capture_output=True, text=True)
+python = partial(subprocess.run, capture_output=True, text=True, timeout=300)
 
 
 class Peer:
