@@ -513,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _plot(args.plot, before, after, frozen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            parser.error(" ".join(f"--plot {args.plot}: {error} (needs pip install matplotlib)".split()))
+            parser.error(" ".join(f"--plot (pip install matplotlib) {args.plot}: {error}".split()))
 
 
 if __name__ == "__main__":
