@@ -244,14 +244,14 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     JAX writes ``fn`` down as a list of equations, a jaxpr. What needs a trainable leaf or has an
     effect runs at every step, in ``rest``. What else is made of the batch and of weights (frozen
     leaves, arrays that ``fn`` closes over) is made by ``once`` and kept, or what that is made of,
-    if no larger and cheap to go on from. What the batch alone makes is made again from it unless
-    it is smaller, and so belongs in the data if costly; what weights alone make, always.
+    if no larger and cheap to go on from. What the batch alone makes is kept only where smaller; if
+    it is costly and large, it belongs in the data. What weights alone make is never kept.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals ``fn(trainable, frozen, *batch)``,
     with gradients in ``trainable`` alone. Jit ``once``. Calls with other shapes, dtypes or weak
     types raise ValueError with both; close over what is no array. Look at the shapes of ``kept``:
-    what stands in ``jax.checkpoint``, or in a scan of which a part trains, does not move. A key in
-    the batch is fixed with it; pass fresh ones: ``jax.grad(lambda head: rest((head, key), ...))``.
+    of a ``jax.checkpoint`` or a scan of which a part trains, nothing moves. A key in the batch is
+    fixed with it; pass fresh ones: ``jax.grad(lambda head: rest((head, key), ...))``.
     """
     specs = jax.eval_shape(lambda *args: args, trainable, frozen, batch)
     # A function of its own, for JAX remembers what it traced, and fn may close over new values.
