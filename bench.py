@@ -16,10 +16,8 @@ that must take the same step are shown to take it first. FLOPs and bytes are the
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -27,13 +25,14 @@ import runpy
 import signal
 import sys
 import time
+import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import timeit
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -53,6 +52,7 @@ untyped: Any = jax  # for what jax leaves without types
 SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
+PEERS = Path(__file__).parent / ".ci/peers.py"
 VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
 
 
@@ -94,8 +94,8 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
         return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
-    _, holes = mf.partition("*", params)  # the other part that the module's loss takes
-    return Problem(name, where, partial(mf.loss_fn, holes), params, batch, rows, sizes)
+    loss = partial(mf.loss_fn, mf.partition("*", params)[1])  # of no other part than params
+    return Problem(name, where, loss, params, batch, rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
@@ -136,8 +136,7 @@ def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tre
         grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
     if row.clip:  # over all gradients that there are, and so it reads them all
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        scale = jnp.minimum(1, CLIP / norm)
-        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: (g * jnp.minimum(1, CLIP / norm)).astype(g.dtype), grads)
     if row.optimizer == "adam":
         return adam(params, grads, *moments), value
     return (mf.sgd_step(params, grads, SGD_RATE), ()), value
@@ -176,11 +175,8 @@ class Row(SimpleNamespace):
         usual = dict.fromkeys([*KEYS, "run", "once"]) | {"clip": False, "simulated": False}
         usual |= {"platform": jax.default_backend(), "devices": 1, "optimizer": "sgd", "group": ""}
         usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
-        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS}
+        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS, "samples": []}
         super().__init__(**usual | dict(zip(KEYS, values)) | named)
-
-    def figures(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in KEYS}
 
 
 def tree_bytes(tree: Tree) -> int:
@@ -210,7 +206,7 @@ def least_flops(problem: Problem, method: str) -> int | None:
 
 # An asynchronous collective is a -start and a -done; the -done has the result's shape alone.
 COLLECTIVE = re.compile(r" = (\(.*?\)|\S+) ([a-z-]+?)(?:-done)?\(")
-ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
@@ -219,9 +215,8 @@ def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
     ring |= {"all-to-all": (n - 1) / n, "collective-permute": 1}
     total, sent = 0, 0.0  # by the program's text; one in a loop counts once
     for result, kind in COLLECTIVE.findall(hlo):
-        for name, bits, axes in ARRAY.findall(result) if kind in ring else ():
-            size = math.prod(int(axis) for axis in axes.split(",") if axis)
-            size = size if name == "pred" else size * int(bits) // 8
+        for bits, axes in ARRAY.findall(result) if kind in ring else ():  # a pred has a byte
+            size = math.prod(int(axis) for axis in axes.split(",") if axis) * int(bits or 8) // 8
             total, sent = total + size, sent + ring[kind] * size
     return total, round(sent)
 
@@ -249,31 +244,30 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
             row.bytes_min = arguments - row.moment_bytes + copies * row.trainable_bytes
 
 
-def note_times(row: Row, base: Sequence[float], peak: float, bandwidth: float) -> None:
-    """Notes what the samples say, also beside those of `all` and the roofline.
+def note_times(rows: Sequence[Row], peak: float = 0, bandwidth: float = 0) -> None:
+    """Notes what the samples say of rows that were timed together, also beside each other.
 
-    That is the time of the least FLOPs at the peak or, if longer, of the least bytes at theirs.
+    The roofline is the time of the least FLOPs at the peak or, if longer, of the least bytes at
+    theirs. ``hoist`` has paid after t_once / (t_partition - t_hoist) epochs.
     """
-    row.step_s = float(np.median(row.samples))
-    row.spread_s = float(np.median(np.abs(np.subtract(row.samples, row.step_s))))
-    row.vs_all = float(np.median(np.divide(row.samples, base))) if base else None
-    row.once_s = float(np.median(row.once.samples)) if row.once else None
-    row.rows_per_s = row.batch / row.step_s
-    flops = row.flops_min or row.flops
-    if flops is not None and row.platform == jax.default_backend():  # whose peak it is
-        row.peak_share = None if row.flops is None else row.flops / row.step_s / peak
-        row.roofline_share = max(flops / peak, (row.bytes_min or 0) / bandwidth) / row.step_s
-
-
-def note_comparisons(rows: Sequence[Row]) -> None:
-    """Notes when hoist has paid, t_once / (t_partition - t_hoist), and how devices scale."""
-    same = ("problem", "clip", "optimizer", "platform")
-    for row, base in product([row for row in rows if row.step_s], repeat=2):
-        if all(getattr(row, key) == getattr(base, key) for key in same):
-            if base.method == "partition" and row.once_s and base.step_s > row.step_s:
-                row.break_even = row.once_s / (base.step_s - row.step_s)
+    for row in rows:
+        row.step_s = float(np.median(row.samples))
+        row.spread_s = float(np.median(np.abs(np.subtract(row.samples, row.step_s))))
+        row.rows_per_s = row.batch / row.step_s
+        flops = row.flops_min or row.flops
+        if flops is not None and row.platform == jax.default_backend():  # whose peak it is
+            row.peak_share = None if row.flops is None else row.flops / row.step_s / peak
+            row.roofline_share = max(flops / peak, (row.bytes_min or 0) / bandwidth) / row.step_s
+    for row, base in product(rows, repeat=2):
+        if (row.clip, row.optimizer) == (base.clip, base.optimizer):
+            ratio = float(np.median(np.divide(row.samples, base.samples)))
+            if (base.method, base.layout) == ("all", row.layout):
+                row.vs_all = ratio
             if base.method == row.method and base.devices == 1 < row.devices:
-                row.efficiency = base.step_s / row.step_s  # at as many rows a device
+                row.efficiency = 1 / ratio  # at as many rows a device
+            if (base.method, base.problem) == ("partition", row.problem) and row.once:
+                row.once_s, saved = float(np.median(row.once.samples)), base.step_s - row.step_s
+                row.break_even = row.once_s / saved if saved > 0 else None
 
 
 # ------------------------------------------------------------------------------ the clock
@@ -348,7 +342,7 @@ def outliving(row: Row, do: Function) -> None:
 
 
 def measure(rows: Sequence[Row], options: Namespace) -> None:
-    """Makes rows, shows that they agree, and times them in rounds."""
+    """Makes rows, shows that they agree, times them in rounds, and notes what that says."""
     first: dict[str, tuple[Row, Tree]] = {}
     for row in rows:
         outliving(row, row.make)
@@ -356,11 +350,7 @@ def measure(rows: Sequence[Row], options: Namespace) -> None:
             outliving(row, partial(check_agreement, first=first))
     rates = probes(options.dtype) if any(row.run for row in rows) else []
     time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
-    timed = [row for row in rows if row.run]
-    bases = {(row.clip, row.optimizer): row.samples for row in timed if row.method == "all"}
-    for row in timed:
-        base = bases.get((row.clip, row.optimizer), [])
-        note_times(row, base, *(probe.batch / min(probe.samples) for probe in rates))
+    note_times([row for row in rows if row.run], *(x.batch / min(x.samples) for x in rates))
 
 
 @cache
@@ -379,30 +369,24 @@ def probes(dtype: str) -> list[Row]:
 def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
     """Times each row once a round, in a shuffled order that is the same in all processes."""
     order, shuffle = list(rows), np.random.default_rng(0).shuffle
-    for row in order:
-        row.samples = []
-    gc.disable()  # it would go through all that JAX has loaded
     for _ in range(rounds):
         shuffle(order)
         for row in order:
             if row.run:
                 outliving(row, sample)
-    gc.enable()
 
 
 def sample(row: Row) -> None:
     """Adds seconds a step, of a sample that is long enough: by process 0's clock for all."""
     wait = untyped.block_until_ready
-    while True:
-        state, _ = wait(row.run(row.fresh(), 1))  # untimed: fills the caches that others emptied
-        start = time.perf_counter()
-        wait(row.run(state, row.steps))
-        took = np.float32(time.perf_counter() - start)
-        seconds = float(multihost_utils.broadcast_one_to_all(took))
-        if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
-            break
+    state, _ = wait(row.run(row.fresh(), 1))  # untimed: fills the caches that others emptied
+    took = timeit(lambda: wait(row.run(state, row.steps)), number=1)  # no garbage is collected
+    seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
+    if seconds < SAMPLE_S and row.steps < RUN_STEPS:
         row.steps *= 2
-    row.samples.append(seconds / row.steps)
+        sample(row)
+    else:
+        row.samples.append(seconds / row.steps)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -412,10 +396,11 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     TF32, and by four roundings of its largest value. What the first does not train must stay.
     """
 
-    def read(state: Tree) -> dict[Any, np.ndarray]:  # by key path; whole, on the host
+    def read(state: Tree) -> dict[str, np.ndarray]:  # by key path; whole, on the host
+        name = partial(jax.tree_util.keystr, simple=True, separator="/")
         whole = partial(multihost_utils.process_allgather, tiled=True)
         leaves = jax.tree_util.tree_leaves_with_path(row.read(state))
-        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
+        return {name(k): np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
 
     what, state = f"{row.problem}: {label(row)}", row.fresh()
     before = read(state)
@@ -425,14 +410,13 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
         raise FloatingPointError(f"{what}: the loss is {loss}")
     like, wanted = first.setdefault(row.group, (row, after))
     for path, leaf in after.items():
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
         if not np.isfinite(a).all():
-            raise FloatingPointError(f"{what}: the gradient of {name!r} is not finite")
+            raise FloatingPointError(f"{what}: the gradient of {path!r} is not finite")
         apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
         eps = float(np.spacing(leaf.dtype.type(1)))
         if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
-            differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
+            differs = f"{path!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
             raise FloatingPointError(f"{what} must take the step of {label(like)}: {differs}")
 
 
@@ -468,22 +452,20 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[li
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
     for devices, problem in product(meshes(options), problems[-2:]):
-        n, kind = len(devices), devices[0].platform
+        n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
         simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
-        new = partial(Row, platform=kind, devices=n, simulated=simulated, optimizer=options.usual)
+        new = partial(Row, problem=problem.name, platform=kind, optimizer=options.usual)
         # One device of their kind, with as many rows, must take the same step; it is not shown.
         one = partial(prepare, problem, devices=jax.local_devices(backend=kind)[:1])
-        alone = [] if simulated else [new("", problem.name, "all", make=one)]
-        new = partial(new, "devices", problem.name, make=partial(prepare, problem, devices=devices))
-        leaves = jax.tree.leaves(problem.params)
-        divides = n > 1 and any(axis % n == 0 for leaf in leaves for axis in leaf.shape)
-        for layout in ("replicated", "sharded")[: 1 + divides]:
-            yield alone + [new(way, layout=layout) for way in ("all", "partition")]
-    if not options.devices and jax.process_count() == 1:
-        # In this process simulated devices would disturb all else.
-        spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-        worker = ProcessPoolExecutor(1, spawn, signal.signal, ignore)
-        yield [Row(**figures) for figures in worker.submit(simulated_rows, options).result()]
+        alone = [new(method=way, make=one) for way in ways if n > 1 and not simulated]
+        new = partial(new, table="devices", devices=n, simulated=simulated)
+        new = partial(new, make=partial(prepare, problem, devices=devices))
+        sizes = {size for leaf in jax.tree.leaves(problem.params) for size in leaf.shape}
+        layouts = ["replicated", "sharded"][: 1 + (n > 1 and any(size % n == 0 for size in sizes))]
+        yield alone + [new(layout=layout, method=way) for layout, way in product(layouts, ways)]
+    if not options.devices and jax.process_count() == 1:  # last, for what is there goes
+        simulate(options, [8])
+        yield from devices_table(options, problems)
 
 
 def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
@@ -493,17 +475,17 @@ def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
         in_turn = [d for turn in zip(*own) for d in turn]
         several = devices != usual[:1]  # the usual one alone is in the other tables
-        counts = {1, len(devices), *(processes * 2**i for i in range(20))}
+        counts = {len(devices), *(processes * 2**i for i in range(20))}
         for n in options.devices or sorted(n for n in counts if several and n <= len(devices)):
             yield in_turn[:n]
 
 
-def simulated_rows(options: Namespace) -> list[dict[str, Any]]:
-    """The figures of eight simulated CPU devices."""
-    vars(options).update(devices=[8], compile_only=True, json=None, plot=None)
-    rows = [row for group in devices_table(options, set_up(options)) for row in group]
-    measure(rows, options)
-    return [row.figures() for row in rows]
+def simulate(options: Namespace, counts: list[int]) -> None:
+    """Puts CPU devices, on which nothing runs, in the place of all that there are."""
+    vars(options).update(compile_only=True, devices=counts)
+    untyped.extend.backend.clear_backends()
+    untyped.config.update("jax_platforms", "cpu")
+    untyped.config.update("jax_num_cpu_devices", max(counts))
 
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
@@ -532,17 +514,14 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: R
     row.flops = None if scan else row.flops  # of a loop XLA counts the body once
 
 
-def peers() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / ".ci/peers.py")))
-
-
 def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """the same step in other libraries, in the forms that they recommend"""
     for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
         yield peers().rows(sys.modules[__name__], problem)
 
 
-tables: list[Function] = [methods_table, prefix_table, devices_table, run_table, peers_table]
+peers: Function = cache(lambda: SimpleNamespace(**runpy.run_path(str(PEERS))))
+tables: list[Function] = [methods_table, prefix_table, run_table, peers_table, devices_table]
 TABLES = {table.__name__.removesuffix("_table"): table for table in tables}
 
 # ---------------------------------------------------------------- options and the cluster
@@ -599,19 +578,20 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
     usual = [name for name in TABLES if name != "peers" and not unused.get(name)]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
-    options.tables = list(dict.fromkeys((options.tables or usual) + ["peers"] * options.peers))
+    asked = options.tables or usual + ["peers"] * options.peers
+    options.tables = [name for name in TABLES if name in asked]
     for user in (*options.tables, *sorted(given)):
         for name in sorted(unused.get(user, ())):
             parser.error(f"--{name} is not used with {user}".replace("_", "-"))
     counts, port = options.devices or [], (options.coordinator or ":1").rpartition(":")[2]
-    pictured = {"prefix", "methods"}.intersection(options.tables)
     refusals: dict[str, Any] = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": untyped.config.jax_disable_jit,
         "--coordinator must be HOST:PORT": not port.isdecimal() or int(port) >= 2**16,
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
         "--model needs --train or --freeze": options.model and not given & {"train", "freeze"},
-        "--plot draws the tables prefix and methods": options.plot and not pictured,
+        "--plot draws methods and prefix": options.plot and not {*asked} & {"methods", "prefix"},
         "--json and --plot name the same file": options.json and options.json == options.plot,
+        f"--peers needs {PEERS}": "peers" in asked and not PEERS.exists(),
     }
     for why in (why for why, wrong in refusals.items() if wrong):
         parser.error(why)
@@ -644,11 +624,7 @@ def set_up(options: Namespace) -> list[Problem]:
     come within a minute, come twice, or die, JAX ends this one itself, by a C++ stack.
     """
     if options.compile_only:
-        flags = os.environ.get("XLA_FLAGS", "")  # another count there would be refused
-        os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-        untyped.config.update("jax_platforms", "cpu")
-        options.devices = options.devices or [1, 2, 4, 8]
-        untyped.config.update("jax_num_cpu_devices", max(options.devices))
+        simulate(options, options.devices or [1, 2, 4, 8])
     if options.cluster:
         untyped.config.update("jax_cpu_collectives_implementation", "gloo")
         named = options.coordinator, options.processes, options.process
@@ -657,17 +633,14 @@ def set_up(options: Namespace) -> list[Problem]:
         if jax.process_index() != 0:  # process 0 alone prints and writes
             options.json = options.plot = None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    problems, told, doing = list[Problem](), "", "--peers needs the other libraries' steps"
+    problems, refused = list[Problem](), ""
+    doing = "--json, --plot (uv run --with matplotlib bench.py)"
     try:
-        if "peers" in options.tables:
-            peers()
-        doing = "--json, --plot (uv run --with matplotlib bench.py)"
         write(options, {}, [], "")
         here, processes = jax.devices(), jax.process_count()
-        for count in options.devices or []:
-            doing = f"--devices {count}; --compile-only simulates more"
-            if count > len(here) or (count > 1 and count % processes):
-                raise ValueError(f"there are {len(here)} in {processes} processes, {here}")
+        doing = f"--devices {options.devices}; --compile-only simulates more"
+        if any(n > len(here) or (n > 1 and n % processes) for n in options.devices or []):
+            raise ValueError(f"there are {len(here)} in {processes} processes, {here}")
         doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"
         doing = doing if options.model else f"--sizes {options.sizes}"
         problems = problems_of(options)
@@ -675,15 +648,13 @@ def set_up(options: Namespace) -> list[Problem]:
             doing = problem.name
             mf.partition(problem.where, problem.params)
     except Exception as error:
-        told = f"{doing}: {error}".partition("\n")[0]
+        refused = f"{doing}: {error}".partition("\n")[0]
     shared = vars(options) | dict.fromkeys(("json", "plot", "process"))
-    text = np.frombuffer((told or str(shared)).encode().ljust(2**14)[: 2**14], np.uint8)
-    texts = multihost_utils.process_allgather(text).reshape(-1, 2**14)
-    said = {text.tobytes().decode(errors="replace").strip(): i for i, text in enumerate(texts)}
-    if len(said) > 1:
-        told = "; ".join(f"process {i}: {text}" for text, i in said.items())
-    if told:
-        raise ValueError(told)
+    mark = np.uint32(zlib.crc32(f"{refused}{shared}".encode()))
+    if np.ptp(multihost_utils.process_allgather(mark)) and not refused:
+        refused = f"another process refuses, or has other options than {shared}"
+    if refused:
+        raise ValueError(refused)
     return problems
 
 
@@ -704,6 +675,11 @@ def quantity(value: float | None, unit: str) -> str:
     return digits + f" {' kMGTPfpnµm'[power].strip()}{unit}".rstrip().replace(" x", "x")
 
 
+def where(row: Row) -> str:
+    place = f" on {row.devices} {row.platform}" if row.table == "devices" else ""
+    return f"{row.problem}{place}"
+
+
 def label(row: Row) -> str:
     """A row's method and what is special about it."""
     words = [row.method, "adam" * (row.optimizer == "adam"), row.layout]
@@ -713,11 +689,10 @@ def label(row: Row) -> str:
 
 def line(row: Row) -> str:
     """A row under ``TITLES``, and below it what it has no columns for."""
-    where = row.problem + f" on {row.devices} {row.platform}" * (row.table == "devices")
     values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
     cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
     cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
-    return "\n    ".join((LINE.format(where, label(row), *cells).rstrip(), *notes(row)))
+    return "\n    ".join((LINE.format(where(row), label(row), *cells).rstrip(), *notes(row)))
 
 
 def notes(row: Row) -> Iterator[str]:
@@ -735,16 +710,16 @@ def notes(row: Row) -> Iterator[str]:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """What to decide by, in three lines that stand alone: the last problem of each table."""
-    said, last = dict[str, list[str]](), {row.table: row.problem for row in rows}
-    for row in rows:
+    """What to decide by, in three lines that stand alone: of each table the last place timed."""
+    timed = sorted(rows, key=lambda row: row.step_s is not None)
+    said, last = dict[str, list[str]](), {row.table: where(row) for row in timed}
+    for row in sorted(rows, key=lambda row: row.table == "run"):
         usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
-        if usual and row.table in ("methods", "run", "devices") and row.problem == last[row.table]:
-            place = f" on {row.devices} {row.platform} devices" * (row.table == "devices")
+        if usual and row.table in ("methods", "devices", "run") and where(row) == last[row.table]:
             ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
             step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
             facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
-            what = f"{row.problem}{place}, {row.layout or row.optimizer}"
+            what = f"{where(row)}, {row.layout or row.optimizer}"
             said.setdefault(what, []).append(", ".join(facts))
     return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 
@@ -768,13 +743,13 @@ def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
     pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
     results = {"card": facts, "complete": ended == "complete", "ended": ended}
-    text = json.dumps(results | {"rows": [row.figures() for row in rows]}, indent=1) + "\n"
+    results |= {"rows": [{key: getattr(row, key) for key in KEYS} for row in rows]}
     for file, shown in ((options.json, rows), (options.plot, pictured)):
         if file:
             with TemporaryDirectory(dir=Path(file).parent) as folder:
                 part = Path(folder, "part")
                 if file == options.json:
-                    part.write_text(text, "utf-8")
+                    part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
                 else:
                     drawing(pictured).savefig(part, format=Path(file).suffix[1:].lower())
                 if shown:
@@ -813,9 +788,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"\n{table}: {TABLES[table].__doc__}", *problems, MEANS, TITLES, sep="\n")
             for group in TABLES[table](options, problems):
                 measure(group, options)
-                rows += [row for row in group if row.table]
-                note_comparisons([row for row in rows if row.table == table])
-                say(*(line(row) for row in group if row.table), sep="\n")
+                rows += (shown := [row for row in group if row.table])
+                say(*map(line, shown), sep="\n")
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:  # also an OSError: stdout is gone, `| head`
@@ -830,8 +804,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         code, ended = code or 1, f"error: {error}"
     if code:
         say(f"bench.py: {ended}".partition("\n")[0], file=sys.stderr)
-    for child in multiprocessing.active_children():
-        child.kill()
     if code in (0, 2):
         sys.exit(code)
     os._exit(code)  # Python's end, or JAX's farewell to a cluster, could hang
