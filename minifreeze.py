@@ -34,10 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.tree_util import all_leaves, keystr, register_dataclass, tree_flatten_with_path
 
 __all__ = ["Hole", "partition", "mask", "merge", "summary", "warm_start", "hoist"]
-__version__ = "0.2.1"
+__version__ = "0.2.2"
 T = TypeVar("T")
 PyTree: TypeAlias = Any
 Fn: TypeAlias = Callable[..., Any]
@@ -51,7 +52,7 @@ class Hole:
 
 
 _is_hole = Hole.__instancecheck__  # isinstance, as a function of the node alone
-_name = partial(keystr, simple=True, separator="/")  # for people; its key path is its identity
+_name = partial(keystr, simple=True, separator="/")  # its identity: the names of its keys, apart
 
 
 def _ten(items: Iterable[Any]) -> str:
@@ -88,7 +89,7 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     """
     entries, treedef = tree_flatten_with_path(tree)
     globs = [where] if isinstance(where, str) else where
-    if isinstance(globs, tuple | list) and all(isinstance(glob, str) for glob in globs):
+    if isinstance(globs, Sequence) and all(isinstance(glob, str) for glob in globs):
         names = [_name(path) for path, _ in entries]
         chosen = [any(glob.startswith("!") for glob in globs[:1])] * len(names)
         for glob in globs or [""]:
@@ -140,7 +141,8 @@ def _align(parts: dict[str, Any], holders: Sequence[int], weak: bool = False) ->
         return text + " weak" * (weak and getattr(node, "weak_type", False))
 
     flat, treedefs = zip(*(tree_flatten_with_path(p, is_leaf=_is_hole) for p in parts.values()))
-    nodes = dict(zip(parts, map(dict, flat)))
+    named = [{tuple(_name((k,)) for k in path): node for path, node in some} for some in flat]
+    nodes = dict(zip(parts, named))
     if [*map(len, flat)] != [*map(len, nodes.values())]:
         raise ValueError(f"two leaves have one key path in {' or '.join(parts)}")
     places, faults = {}, []
@@ -210,17 +212,17 @@ def warm_start(new: T, old: PyTree) -> T:
     >>> warm_start({"a": 0, "b": 0, "c": Hole()}, {"a": 7, "b": Hole(), "c": 8})
     {'a': 7, 'b': 0, 'c': Hole()}
 
-    For a checkpoint of a part, and for an optimizer when the frozen set has changed:
-    ``warm_start(optimizer.init(trainable), state)`` keeps the moments that go on. Adam's step
-    count goes on too, without a bias correction for leaves that join late: after 5,000 steps
-    their first update is 0.1 / sqrt(0.001) = 3.2 times the learning rate. Raises ValueError,
-    with both sides, where no path is shared or shapes or dtypes differ.
+    For a checkpoint of a part (keys count by name: a list may be a dict by now), and for an
+    optimizer when the frozen set has changed: ``warm_start(optimizer.init(trainable), state)``
+    keeps the moments that go on and Adam's step count, without a bias correction for leaves that
+    join late: after 5,000 steps their first update is 0.1 / sqrt(0.001) = 3.2 learning rates.
+    Raises ValueError, with both sides, where no path is shared or shapes or dtypes differ.
     """
-    held = {path: leaf for path, of in _align({"old": old}, (0, 1)).items() for leaf in of.values()}
-    fresh, treedef = tree_flatten_with_path(new)
-    if fresh and held.keys().isdisjoint(dict(fresh)):
-        raise ValueError(f"no path is in both: new has {_ten(dict(fresh))}; old has {_ten(held)}")
-    started: T = jax.tree.unflatten(treedef, [held.get(path, leaf) for path, leaf in fresh])
+    sides = [_align({side: tree}, (0, 1)) for side, tree in (("new", new), ("old", old))]
+    fresh, held = ({path: leaf for path, of in at.items() for leaf in of.values()} for at in sides)
+    if fresh and held.keys().isdisjoint(fresh):
+        raise ValueError(f"no path is in both: new has {_ten(fresh)}; old has {_ten(held)}")
+    started: T = jax.tree.unflatten(jax.tree.structure(new), map(held.get, fresh, fresh.values()))
     _align({"new": new, "old": started}, (0, 2))
     return started
 
@@ -241,11 +243,10 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     >>> [features.shape for features in kept], rest(head, body, kept).shape
     ([(5, 2)], (5,))
 
-    JAX writes ``fn`` down as a list of equations, a jaxpr. What needs a trainable leaf or has an
-    effect runs at every step, in ``rest``. What else is made of the batch and of weights (frozen
-    leaves, arrays that ``fn`` closes over) is made by ``once`` and kept, or what that is made of,
-    if no larger and cheap to go on from. What the batch alone makes is kept only where smaller; if
-    it is costly and large, it belongs in the data. What weights alone make is never kept.
+    What needs a trainable leaf or has an effect runs at every step, in ``rest``. What else is made
+    of the batch and of weights (frozen leaves, arrays closed over) is made by ``once`` and kept, or
+    what that is made of, if no larger and cheap to go on from. What the batch alone makes is kept
+    only where smaller; if costly and large, it belongs in the data. What weights alone make is not.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals ``fn(trainable, frozen, *batch)``,
     with gradients in ``trainable`` alone. Jit ``once``. Calls with other shapes, dtypes or weak
@@ -262,9 +263,8 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     run_once = jaxpr_as_fun(_cut(closed, jax.tree.leaves(args[1:]), keep, effects=False))
     run_rest = jaxpr_as_fun(_cut(closed, jax.tree.leaves((args[:2], keep)), closed.jaxpr.outvars))
 
-    def check(made_with: PyTree, given: PyTree) -> None:
-        sides = {"hoist": made_with, "the call": jax.eval_shape(lambda tree: tree, given)}
-        _align(sides, (0, 2), weak=True)
+    def check(made: PyTree, given: PyTree) -> None:
+        _align({"hoist": made, "the call": jax.eval_shape(lambda t: t, given)}, (0, 2), weak=True)
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[Array, ...]:
         check({"frozen": specs[1], "batch": specs[2]}, {"frozen": frozen, "batch": batch})
@@ -283,14 +283,17 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
 def _open(closed: Any) -> Any:
     """A jaxpr with every jit, at any depth, replaced by its body; not if it has shardings."""
-    eqns = []
-    for eqn in closed.jaxpr.eqns:
-        params = dict(eqn.params)
-        if eqn.primitive.name in ("jit", "pjit"):  # its name until jax 0.6
-            params["jaxpr"] = _open(params["jaxpr"])
-            params["inline"] = getattr(type(params["inline"]), "JAX_EARLY", True)  # bool until 0.11
-        eqns.append(eqn.replace(params=params))
-    marked = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
+
+    def mark(jit: Any) -> Any:
+        early = getattr(type(jit.params["inline"]), "JAX_EARLY", True)  # a bool until jax 0.11
+        opened = {"jaxpr": _open(jit.params["jaxpr"]), "inline": early}
+        return jit.replace(params=jit.params | opened)
+
+    jaxpr: Any = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)[0]
+    eqns = [mark(e) if e.primitive.name in ("jit", "pjit") else e for e in jaxpr.eqns]
+    # A custom gradient counts on JAX's arrays.
+    consts = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts]
+    marked = closed.replace(jaxpr=jaxpr.replace(eqns=eqns), consts=consts)
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
 
 
@@ -300,22 +303,24 @@ def _keep(closed: Any, trains: list[Any], stays: list[Any], given: list[Any]) ->
     weights = {*stays, *(var for var in closed.jaxpr.constvars if var.aval.shape)}
     origin = {var: {var} for var in given}  # of what is made of the batch: what to have it of
 
+    def size(variables: Iterable[Any]) -> int:
+        return sum(var.aval.size * var.aval.dtype.itemsize for var in variables)
+
     def fewest_bytes(variables: set[Any]) -> set[Any]:
         """All origins, or each itself where smaller, if that is less; without what others give."""
-        nearest = [min(origin[var], {var}, key=_bytes) for var in variables]
+        nearest = [min(origin[var], {var}, key=size) for var in variables]
         sets = set().union(*(origin[var] for var in variables)), set().union(*nearest)
-        return min(({v for v in some if not origin[v] <= some - {v}} for some in sets), key=_bytes)
+        return min(({v for v in some if not origin[v] <= some - {v}} for some in sets), key=size)
 
-    for eqn in _cut(closed, closed.jaxpr.invars, closed.jaxpr.outvars).jaxpr.eqns:
+    for eqn in closed.jaxpr.eqns:
         inputs = _variables(eqn.invars)
         if eqn.effects or inputs & every_step:
             every_step.update(eqn.outvars)
             used |= inputs
             continue
-        behind = fewest_bytes(inputs & origin.keys())
-        if any(np.ndim(a.val) if isinstance(a, Literal) else a in weights for a in eqn.invars):
-            weights.update(eqn.outvars)
-            behind = behind if _is_cheap(eqn) else set()
+        weighs = any(np.ndim(a.val) if isinstance(a, Literal) else a in weights for a in eqn.invars)
+        weights.update(eqn.outvars if weighs else ())
+        behind = set() if weighs and not _is_cheap(eqn) else fewest_bytes(inputs & origin.keys())
         origin |= {var: behind or {var} for var in eqn.outvars if inputs & origin.keys()}
     return sorted(fewest_bytes(used & origin.keys()), key=list(origin).index)
 
@@ -337,10 +342,6 @@ def _cut(closed: Any, invars: list[Any], outvars: list[Any], effects: bool = Tru
 
 def _variables(atoms: Iterable[Any]) -> set[Any]:
     return {atom for atom in atoms if not isinstance(atom, Literal)}
-
-
-def _bytes(variables: Iterable[Any]) -> int:
-    return sum(var.aval.size * var.aval.dtype.itemsize for var in variables)
 
 
 # ------------------------------------------------------------------------ the walk-through
@@ -483,7 +484,6 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and the last layer of an MLP on the identity, its middle one frozen."""
-    # Without its usage text, argparse says what is wrong in one line (and exits with 2).
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
