@@ -52,7 +52,7 @@ class Hole:
 
 
 _is_hole = Hole.__instancecheck__  # isinstance, as a function of the node alone
-_name = partial(keystr, simple=True, separator="/")  # its identity: the names of its keys, apart
+_name = partial(keystr, simple=True, separator="/")  # for people: a key may hold a /, too
 
 
 def _ten(items: Iterable[Any]) -> str:
@@ -130,7 +130,7 @@ def merge(*parts: T) -> T:
 
 
 def _align(parts: dict[str, Any], holders: Sequence[int], weak: bool = False) -> dict[Any, Any]:
-    """At each key path, in tree order, the leaf of every part that holds one there.
+    """By the names on each key path, in tree order, the leaf of every part that holds one there.
 
     Raises ValueError with the places that not all have, that other than ``holders`` parts hold, or
     whose leaves differ in shape or dtype; else with containers that differ, or twins of one path.
