@@ -52,7 +52,6 @@ untyped: Any = jax  # for what jax leaves without types
 SGD_RATE, ADAM_RATE = 0.1, 1e-3
 CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
-PEERS = Path(__file__).parent / ".ci/peers.py"
 VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
 
 
@@ -94,7 +93,7 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
         return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
-    loss = partial(mf.loss_fn, mf.partition("*", params)[1])  # of no other part than params
+    loss = partial(mf.loss_fn, mf.partition("*", params)[1])  # whose other part is empty
     return Problem(name, where, loss, params, batch, rows, sizes)
 
 
@@ -175,7 +174,7 @@ class Row(SimpleNamespace):
         usual = dict.fromkeys([*KEYS, "run", "once"]) | {"clip": False, "simulated": False}
         usual |= {"platform": jax.default_backend(), "devices": 1, "optimizer": "sgd", "group": ""}
         usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
-        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS, "samples": []}
+        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS}
         super().__init__(**usual | dict(zip(KEYS, values)) | named)
 
 
@@ -254,6 +253,7 @@ def note_times(rows: Sequence[Row], peak: float = 0, bandwidth: float = 0) -> No
         row.step_s = float(np.median(row.samples))
         row.spread_s = float(np.median(np.abs(np.subtract(row.samples, row.step_s))))
         row.rows_per_s = row.batch / row.step_s
+        row.once_s = float(np.median(row.once.samples)) if row.once else None
         flops = row.flops_min or row.flops
         if flops is not None and row.platform == jax.default_backend():  # whose peak it is
             row.peak_share = None if row.flops is None else row.flops / row.step_s / peak
@@ -265,8 +265,8 @@ def note_times(rows: Sequence[Row], peak: float = 0, bandwidth: float = 0) -> No
                 row.vs_all = ratio
             if base.method == row.method and base.devices == 1 < row.devices:
                 row.efficiency = 1 / ratio  # at as many rows a device
-            if (base.method, base.problem) == ("partition", row.problem) and row.once:
-                row.once_s, saved = float(np.median(row.once.samples)), base.step_s - row.step_s
+            if (base.method, base.problem) == ("partition", row.problem) and row.once_s:
+                saved = base.step_s - row.step_s
                 row.break_even = row.once_s / saved if saved > 0 else None
 
 
@@ -323,10 +323,10 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
 
 
 def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int, feed: Any = None) -> Any:
-    """Takes steps on ``args`` and what ``feed(steps)`` gives: batches, or one of them all."""
+    """Takes steps on ``args`` and what ``feed(steps)`` gives, batches or one of all, and waits."""
     for batch in feed(steps) if feed else [()] * steps:
         state, loss = step(state, *args, *batch)
-    return state, loss
+    return untyped.block_until_ready((state, loss))
 
 
 def outliving(row: Row, do: Function) -> None:
@@ -351,6 +351,8 @@ def measure(rows: Sequence[Row], options: Namespace) -> None:
     rates = probes(options.dtype) if any(row.run for row in rows) else []
     time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
     note_times([row for row in rows if row.run], *(x.batch / min(x.samples) for x in rates))
+    for row in rows:  # their arrays make room
+        row.make = row.run = row.fresh = row.once = None
 
 
 @cache
@@ -369,6 +371,8 @@ def probes(dtype: str) -> list[Row]:
 def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
     """Times each row once a round, in a shuffled order that is the same in all processes."""
     order, shuffle = list(rows), np.random.default_rng(0).shuffle
+    for row in order:
+        row.samples = []
     for _ in range(rounds):
         shuffle(order)
         for row in order:
@@ -378,15 +382,14 @@ def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
 
 def sample(row: Row) -> None:
     """Adds seconds a step, of a sample that is long enough: by process 0's clock for all."""
-    wait = untyped.block_until_ready
-    state, _ = wait(row.run(row.fresh(), 1))  # untimed: fills the caches that others emptied
-    took = timeit(lambda: wait(row.run(state, row.steps)), number=1)  # no garbage is collected
-    seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
-    if seconds < SAMPLE_S and row.steps < RUN_STEPS:
+    while True:
+        state, _ = row.run(row.fresh(), 1)  # untimed: fills the caches that others emptied
+        took = timeit(partial(row.run, state, row.steps), number=1)  # no garbage is collected
+        seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
+        if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
+            break
         row.steps *= 2
-        sample(row)
-    else:
-        row.samples.append(seconds / row.steps)
+    row.samples.append(seconds / row.steps)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -396,11 +399,10 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     TF32, and by four roundings of its largest value. What the first does not train must stay.
     """
 
-    def read(state: Tree) -> dict[str, np.ndarray]:  # by key path; whole, on the host
-        name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    def read(state: Tree) -> dict[Any, np.ndarray]:  # by key path; whole, on the host
         whole = partial(multihost_utils.process_allgather, tiled=True)
         leaves = jax.tree_util.tree_leaves_with_path(row.read(state))
-        return {name(k): np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
+        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
 
     what, state = f"{row.problem}: {label(row)}", row.fresh()
     before = read(state)
@@ -410,13 +412,14 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
         raise FloatingPointError(f"{what}: the loss is {loss}")
     like, wanted = first.setdefault(row.group, (row, after))
     for path, leaf in after.items():
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
         if not np.isfinite(a).all():
-            raise FloatingPointError(f"{what}: the gradient of {path!r} is not finite")
+            raise FloatingPointError(f"{what}: the gradient of {name!r} is not finite")
         apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
         eps = float(np.spacing(leaf.dtype.type(1)))
         if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
-            differs = f"{path!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
+            differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
             raise FloatingPointError(f"{what} must take the step of {label(like)}: {differs}")
 
 
@@ -455,7 +458,8 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
         n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
         simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
         new = partial(Row, problem=problem.name, platform=kind, optimizer=options.usual)
-        # One device of their kind, with as many rows, must take the same step; it is not shown.
+        # One device of their kind, with a batch, must take the same step, and is what they are
+        # measured against; it is not shown.
         one = partial(prepare, problem, devices=jax.local_devices(backend=kind)[:1])
         alone = [new(method=way, make=one) for way in ways if n > 1 and not simulated]
         new = partial(new, table="devices", devices=n, simulated=simulated)
@@ -463,7 +467,7 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
         sizes = {size for leaf in jax.tree.leaves(problem.params) for size in leaf.shape}
         layouts = ["replicated", "sharded"][: 1 + (n > 1 and any(size % n == 0 for size in sizes))]
         yield alone + [new(layout=layout, method=way) for layout, way in product(layouts, ways)]
-    if not options.devices and jax.process_count() == 1:  # last, for what is there goes
+    if not options.devices and jax.process_count() == 1:  # last: arrays made before are gone
         simulate(options, [8])
         yield from devices_table(options, problems)
 
@@ -471,7 +475,8 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
 def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
     """Of each platform 1, 2, 4, ... devices, as many of each process."""
     usual, processes = jax.devices(), jax.process_count()
-    for devices in [usual] if options.devices or processes > 1 else map(jax.devices, backends()):
+    named = options.devices or processes > 1
+    for devices in [usual] if named else map(jax.devices, sorted(backends())):  # the CPU first
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
         in_turn = [d for turn in zip(*own) for d in turn]
         several = devices != usual[:1]  # the usual one alone is in the other tables
@@ -481,7 +486,7 @@ def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
 
 
 def simulate(options: Namespace, counts: list[int]) -> None:
-    """Puts CPU devices, on which nothing runs, in the place of all that there are."""
+    """Puts CPU devices, on which nothing runs, in the place of all others; the options say so."""
     vars(options).update(compile_only=True, devices=counts)
     untyped.extend.backend.clear_backends()
     untyped.config.update("jax_platforms", "cpu")
@@ -496,7 +501,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[
     ours = partial(prepare_run, *mf.partition(problem.where, problem.params), batches)
     makes = {"loop": partial(ours, mf.train_step), "scan": partial(ours, mf.train)}
     if "peers" in options.tables:
-        makes |= peers().run(sys.modules[__name__], problem, batches)
+        makes |= peers()["run"](sys.modules[__name__], problem, batches)
     yield [Row("run", "seed", way, steps=RUN_STEPS, make=make) for way, make in makes.items()]
 
 
@@ -517,10 +522,10 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: R
 def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """the same step in other libraries, in the forms that they recommend"""
     for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
-        yield peers().rows(sys.modules[__name__], problem)
+        yield peers()["rows"](sys.modules[__name__], problem)
 
 
-peers: Function = cache(lambda: SimpleNamespace(**runpy.run_path(str(PEERS))))
+peers: Function = partial(runpy.run_path, str(Path(__file__).parent / ".ci/peers.py"))
 tables: list[Function] = [methods_table, prefix_table, run_table, peers_table, devices_table]
 TABLES = {table.__name__.removesuffix("_table"): table for table in tables}
 
@@ -551,7 +556,7 @@ def file(text: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The options, with the tables that are asked for or all that use every option given."""
+    """The options; the tables that are asked for or use every option given, in their own order."""
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
     parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0])
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
@@ -578,7 +583,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
     usual = [name for name in TABLES if name != "peers" and not unused.get(name)]
     usual = usual[:1] if options.model else usual  # of a model the devices only where named
-    asked = options.tables or usual + ["peers"] * options.peers
+    asked = (options.tables or usual) + ["peers"] * options.peers
     options.tables = [name for name in TABLES if name in asked]
     for user in (*options.tables, *sorted(given)):
         for name in sorted(unused.get(user, ())):
@@ -591,7 +596,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--model needs --train or --freeze": options.model and not given & {"train", "freeze"},
         "--plot draws methods and prefix": options.plot and not {*asked} & {"methods", "prefix"},
         "--json and --plot name the same file": options.json and options.json == options.plot,
-        f"--peers needs {PEERS}": "peers" in asked and not PEERS.exists(),
     }
     for why in (why for why, wrong in refusals.items() if wrong):
         parser.error(why)
@@ -634,12 +638,14 @@ def set_up(options: Namespace) -> list[Problem]:
             options.json = options.plot = None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     problems, refused = list[Problem](), ""
-    doing = "--json, --plot (uv run --with matplotlib bench.py)"
+    doing = "--peers, --json, --plot (uv run --with matplotlib bench.py)"
     try:
+        if "peers" in options.tables:
+            peers()
         write(options, {}, [], "")
         here, processes = jax.devices(), jax.process_count()
         doing = f"--devices {options.devices}; --compile-only simulates more"
-        if any(n > len(here) or (n > 1 and n % processes) for n in options.devices or []):
+        if any(n > len(here) or n % processes for n in options.devices or []):
             raise ValueError(f"there are {len(here)} in {processes} processes, {here}")
         doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"
         doing = doing if options.model else f"--sizes {options.sizes}"
@@ -651,8 +657,9 @@ def set_up(options: Namespace) -> list[Problem]:
         refused = f"{doing}: {error}".partition("\n")[0]
     shared = vars(options) | dict.fromkeys(("json", "plot", "process"))
     mark = np.uint32(zlib.crc32(f"{refused}{shared}".encode()))
-    if np.ptp(multihost_utils.process_allgather(mark)) and not refused:
-        refused = f"another process refuses, or has other options than {shared}"
+    marks = multihost_utils.process_allgather(mark).reshape(-1)
+    if (others := np.flatnonzero(marks != marks[0])).size and not refused:
+        refused = f"processes {others} refuse, or have other options than process 0; here: {shared}"
     if refused:
         raise ValueError(refused)
     return problems
@@ -675,9 +682,10 @@ def quantity(value: float | None, unit: str) -> str:
     return digits + f" {' kMGTPfpnµm'[power].strip()}{unit}".rstrip().replace(" x", "x")
 
 
-def where(row: Row) -> str:
-    place = f" on {row.devices} {row.platform}" if row.table == "devices" else ""
-    return f"{row.problem}{place}"
+def place(row: Row) -> str:
+    """A row's problem, and in the table of devices how many of which kind."""
+    devices = f" on {row.devices} {row.platform}" if row.table == "devices" else ""
+    return f"{row.problem}{devices}"
 
 
 def label(row: Row) -> str:
@@ -692,7 +700,7 @@ def line(row: Row) -> str:
     values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
     cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
     cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
-    return "\n    ".join((LINE.format(where(row), label(row), *cells).rstrip(), *notes(row)))
+    return "\n    ".join((LINE.format(place(row), label(row), *cells).rstrip(), *notes(row)))
 
 
 def notes(row: Row) -> Iterator[str]:
@@ -710,16 +718,16 @@ def notes(row: Row) -> Iterator[str]:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """What to decide by, in three lines that stand alone: of each table the last place timed."""
+    """What to decide by, in three lines that stand alone: each table's last problem and devices."""
     timed = sorted(rows, key=lambda row: row.step_s is not None)
-    said, last = dict[str, list[str]](), {row.table: where(row) for row in timed}
+    said, last = dict[str, list[str]](), {row.table: place(row) for row in timed}
     for row in sorted(rows, key=lambda row: row.table == "run"):
         usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
-        if usual and row.table in ("methods", "devices", "run") and where(row) == last[row.table]:
+        if usual and row.table in ("methods", "devices", "run") and place(row) == last[row.table]:
             ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
             step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
             facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
-            what = f"{where(row)}, {row.layout or row.optimizer}"
+            what = f"{place(row)}, {row.layout or row.optimizer}"
             said.setdefault(what, []).append(", ".join(facts))
     return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
 

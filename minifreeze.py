@@ -91,7 +91,7 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     globs = [where] if isinstance(where, str) else where
     if isinstance(globs, Sequence) and all(isinstance(glob, str) for glob in globs):
         names = [_name(path) for path, _ in entries]
-        chosen = [any(glob.startswith("!") for glob in globs[:1])] * len(names)
+        chosen = [any(glob.startswith("!") for glob in [*globs][:1])] * len(names)
         for glob in globs or [""]:
             # As * crosses /, glob/* matches name/ iff glob matches the name or one above it.
             below = f"{glob.removeprefix('!')}/*"
@@ -245,8 +245,8 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
     What needs a trainable leaf or has an effect runs at every step, in ``rest``. What else is made
     of the batch and of weights (frozen leaves, arrays closed over) is made by ``once`` and kept, or
-    what that is made of, if no larger and cheap to go on from. What the batch alone makes is kept
-    only where smaller; if costly and large, it belongs in the data. What weights alone make is not.
+    what that is made of, if no larger and cheap to go on from. What weights alone make is not kept,
+    what the batch alone makes only where smaller: if costly and large, it belongs in the data.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals ``fn(trainable, frozen, *batch)``,
     with gradients in ``trainable`` alone. Jit ``once``. Calls with other shapes, dtypes or weak
@@ -282,17 +282,16 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
 
 def _open(closed: Any) -> Any:
-    """A jaxpr with every jit, at any depth, replaced by its body; not if it has shardings."""
+    """A jaxpr of what its results need, every jit without shardings replaced by its body."""
 
-    def mark(jit: Any) -> Any:
-        early = getattr(type(jit.params["inline"]), "JAX_EARLY", True)  # a bool until jax 0.11
-        opened = {"jaxpr": _open(jit.params["jaxpr"]), "inline": early}
-        return jit.replace(params=jit.params | opened)
+    def mark(e: Any) -> Any:
+        early = getattr(type(e.params["inline"]), "JAX_EARLY", True)  # a bool until jax 0.11
+        return e.replace(params=e.params | {"jaxpr": _open(e.params["jaxpr"]), "inline": early})
 
     jaxpr: Any = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)[0]
     eqns = [mark(e) if e.primitive.name in ("jit", "pjit") else e for e in jaxpr.eqns]
-    # A custom gradient counts on JAX's arrays.
-    consts = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts]
+    with jax.ensure_compile_time_eval():  # arrays again: NumPy's have no .at for a custom gradient
+        consts = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts]
     marked = closed.replace(jaxpr=jaxpr.replace(eqns=eqns), consts=consts)
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
 
