@@ -1318,8 +1318,9 @@ def test_hoisted_functions_return_arrays_without_jit_too():
     assert type(kept) is tuple
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((kept, out)))
     assert same(out, {"size": np.int32(3), "x": x, "t": np.float32(3)})
-    once, rest = mf.hoist(lambda t, f, x: through(t * x, jnp.array([2.0, 3, 4])).sum(), 1.0, 2.0, x)
-    assert jax.grad(rest)(1.0, 2.0, once(2.0, x)) == 2 * (2 + 3 + 4)  # what `through` says
+    (op := jax.custom_vjp(jnp.dot)).defvjp(lambda a, b: (a @ b, b), lambda b, g: (b.at[:].get(), b))
+    once, rest = mf.hoist(lambda t, f, x: op(t * x, jnp.array([2.0, 3, 4])), 1.0, 2.0, x)
+    assert jax.grad(rest)(1.0, 2.0, once(2.0, x)) == 2 + 3 + 4  # by .at, which NumPy's have not
 
 
 def test_hoisted_functions_refuse_a_misfit():
@@ -2015,8 +2016,7 @@ def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
     assert (code, error, [row["method"] for row in rows]) == (0, "", list(bench.peers()["FORMS"]))
     timed = {row["method"] for row in rows if row["step_s"]}
     assert {"haiku", "equinox, filter_jit", "nnx, cached_partial"} <= timed
-    for row in (row for row in rows if row["alias_bytes"] is not None):
-        assert row["alias_bytes"] >= 4 * (16 * 4 + 4)  # what trains
+    assert all(row["alias_bytes"] is None or row["alias_bytes"] >= 4 * (16 * 4 + 4) for row in rows)
     options = bench.parse("--tables run --rounds 1 --peers".split())
     (run,) = bench.run_table(options, [])  # with Haiku's, as `peers` is a table, too
     bench.measure(run, options)
