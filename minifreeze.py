@@ -291,7 +291,7 @@ def _open(closed: Any) -> Any:
     jaxpr: Any = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)[0]
     eqns = [mark(e) if e.primitive.name in ("jit", "pjit") else e for e in jaxpr.eqns]
     with jax.ensure_compile_time_eval():  # arrays again: NumPy's have no .at for a custom gradient
-        consts = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts]
+        consts = [jnp.asarray(c) if hasattr(c, "__array__") else c for c in closed.consts]
     marked = closed.replace(jaxpr=jaxpr.replace(eqns=eqns), consts=consts)
     return jax.make_jaxpr(jaxpr_as_fun(marked))(*closed.in_avals)  # JAX puts in what is marked
 
