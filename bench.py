@@ -5,10 +5,9 @@
 # SPDX-License-Identifier: MIT
 """bench: what freezing buys on this machine, across its devices, for your model.
 
-    python bench.py                                         # all but peers, 90 s on two cores
+    python bench.py --json run.json --plot run.png          # all but peers, 90 s on two cores
     python bench.py --model mine.py:make --train 'head/*'   # your own model
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
-    python bench.py --json run.json --plot run.png          # to keep
 
 Every step donates its state and is fed its own result. Rows are timed in shuffled rounds; those
 that must take the same step are shown to take it first. FLOPs and bytes are the compiled program's.
@@ -26,10 +25,10 @@ import signal
 import sys
 import time
 import zlib
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise, product, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
@@ -49,15 +48,12 @@ Tree = Any
 Function = Callable[..., Any]
 untyped: Any = jax  # for what jax leaves without types
 
-SGD_RATE, ADAM_RATE = 0.1, 1e-3
-CLIP = 0.1  # a norm that the problems' gradients exceed, so that clipping clips
+SGD_RATE, ADAM_RATE, CLIP = 0.1, 1e-3, 0.1  # a norm that the problems' gradients exceed
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
 VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
 
 
 # --------------------------------------------------------------------------- the problems
-
-
 class Problem(NamedTuple):
     """What trains, by which ``loss(params, *batch)``; each device has a batch of so many rows."""
 
@@ -84,7 +80,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 
 def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
     """The module's MLP, on noise, or as the options have it; where nothing runs, shapes alone."""
-    rows, where = options.batch or rows, options.where or where
+    rows = options.batch or rows
 
     def draw() -> tuple[Tree, tuple[Tree, ...]]:
         keys = jax.random.split(jax.random.key(0), 3)
@@ -94,19 +90,16 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
 
     params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
     loss = partial(mf.loss_fn, mf.partition("*", params)[1])  # whose other part is empty
-    return Problem(name, where, loss, params, batch, rows, sizes)
+    return Problem(name, options.where or where, loss, params, batch, rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
-
 WAYS = ["all", "partition", "hoist", "stop_gradient", "mask", "stop_gradient, not donated"]
 
 
 def way_of(method: str, problem: Problem) -> Any:
-    """(what is differentiated and donated, args, loss(it, *args), what was computed before).
-
-    Nothing is closed over: XLA would fold it into the program.
-    """
+    """(what is differentiated and donated, args, loss(it, *args), what was computed before)."""
+    # Nothing is closed over: XLA would fold it into the program.
     _, where, loss, params, batch, *_ = problem
     trainable, frozen = mf.partition(where, params)
 
@@ -128,7 +121,7 @@ def way_of(method: str, problem: Problem) -> Any:
 
 
 def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tree) -> Tree:
-    """On ``(params, moments)``: the loss's gradients, clipped or not, and an update."""
+    """On ``(params, moments)``: the gradients, clipped or not, and an update by SGD or Adam."""
     params, moments = state
     value, grads = jax.value_and_grad(loss)(params, *args)
     if row.method == "mask":
@@ -136,27 +129,21 @@ def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tre
     if row.clip:  # over all gradients that there are, and so it reads them all
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         grads = jax.tree.map(lambda g: (g * jnp.minimum(1, CLIP / norm)).astype(g.dtype), grads)
-    if row.optimizer == "adam":
-        return adam(params, grads, *moments), value
-    return (mf.sgd_step(params, grads, SGD_RATE), ()), value
-
-
-def adam(params: Tree, grads: Tree, mean: Tree, square: Tree, count: jax.Array) -> Tree:
-    """Adam (Kingma and Ba, 2015), with its usual constants."""
+    if row.optimizer == "sgd":
+        return (mf.sgd_step(params, grads, SGD_RATE), ()), value
+    mean, square, count = moments  # Kingma and Ba, 2015, with its usual constants
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
     square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, square, grads)
     count += 1
     rate, late = ADAM_RATE / (1 - 0.9**count), 1 - 0.999**count
-    steps = jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v / late) + 1e-8), mean, square)
-    params = jax.tree.map(lambda p, step: (p - step).astype(p.dtype), params, steps)
-    return params, (mean, square, count)
+    steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v / late) + 1e-8), mean, square)
+    return (mf.sgd_step(params, steps, rate), (mean, square, count)), value
 
 
 # ---------------------------------------------------------------------------- the figures
-
-# Ratios are medians over rounds. FLOPs, bytes and shares are of one step on one device: `temp`,
-# `alias` and `memory` as XLA says, `collective` of the results of collectives, `sent` by a ring
-# for them, `kept` by hoist. `efficiency` is what of one device's pace each of many keeps.
+# Ratios are medians over rounds; FLOPs, bytes and shares those of a step on one device: `temp`,
+# `alias` and `memory` as XLA says, `collective` what collectives give, `sent` what a ring sends for
+# them, `kept` what hoist keeps. `efficiency` is what of one device's pace each of many keeps.
 KEYS = """table problem method clip platform devices simulated layout step_s spread_s vs_all
     compile_s flops flops_min peak_share temp_bytes trainable_bytes collective_bytes optimizer
     memory_bytes alias_bytes bytes_min roofline_share rows_per_s efficiency sent_bytes once_s
@@ -171,10 +158,10 @@ class Row(SimpleNamespace):
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        usual = dict.fromkeys([*KEYS, "run", "once"]) | {"clip": False, "simulated": False}
+        usual = dict.fromkeys([*KEYS, "on", "run", "once"]) | {"clip": False, "simulated": False}
         usual |= {"platform": jax.default_backend(), "devices": 1, "optimizer": "sgd", "group": ""}
         usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
-        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS}
+        usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS, "samples": []}
         super().__init__(**usual | dict(zip(KEYS, values)) | named)
 
 
@@ -185,11 +172,10 @@ def tree_bytes(tree: Tree) -> int:
 
 
 def least_flops(problem: Problem, method: str) -> int | None:
-    """The least FLOPs of a step: its matrix products, 2 x batch x in x out each; None for a model.
+    """The least FLOPs of a step: 2 x batch x in x out for each matrix product; None for a model.
 
-    One a layer forward (``hoist`` has done those that need nothing that trains), one for the
-    gradient of each ``w`` that trains, and one for that of each layer's input above the lowest
-    layer that trains. Elementwise work, the slack to XLA's count, is left out.
+    That is one a layer forward (``hoist`` has done those that need nothing that trains), one for
+    the gradient of each ``w`` that trains, one for that of each input above what trains first.
     """
     if not problem.sizes:
         return None
@@ -271,37 +257,35 @@ def note_times(rows: Sequence[Row], peak: float = 0, bandwidth: float = 0) -> No
 
 
 # ------------------------------------------------------------------------------ the clock
-
-
-def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> None:
-    """Compiles a method's step, for the default device or for ``row.devices`` of them.
+def prepare(problem: Problem, row: Row) -> None:
+    """Compiles a method's step, for the default device or those that the row is ``on``.
 
     A batch has each row once for each of them. They share it, and ``sharded`` parameters, by the
     first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
-    mesh = jax.sharding.Mesh(devices or jax.local_devices()[:1], "data")
+    mesh = jax.sharding.Mesh(row.on or jax.local_devices(backend=row.platform)[:1], "data")
 
-    def put(leaf: Any, share: bool) -> Any:
-        axes = [i for i, n in enumerate(leaf.shape) if share and n and n % row.devices == 0]
+    def put(leaf: Any, share: bool, copies: int = 1) -> Any:
+        shape = (leaf.shape[0] * copies, *leaf.shape[1:]) if copies > 1 else leaf.shape
+        axes = [i for i, n in enumerate(shape) if share and n and n % row.devices == 0]
         spec = [*[None] * axes[0], "data"] if axes else []
         place = jax.sharding.NamedSharding(mesh, untyped.sharding.PartitionSpec(*spec))
-        shape = untyped.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        return shape if row.simulated else jax.device_put(leaf, place)
+        if row.simulated:
+            return untyped.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+        return jax.device_put(jnp.repeat(leaf, copies, axis=0) if copies > 1 else leaf, place)
 
     def for_each(leaf: Any) -> Any:
-        if leaf.shape[:1] != (problem.rows,):  # a random key serves all devices
-            return put(leaf, False)
-        copies = partial(jnp.repeat, repeats=row.devices, axis=0)
-        return put(jax.eval_shape(copies, leaf) if row.simulated else copies(leaf), True)
+        each = leaf.shape[:1] == (problem.rows,)  # a random key serves all devices
+        return put(leaf, each, row.devices if each else 1)
 
     params = jax.tree.map(partial(put, share=row.layout == "sharded"), problem.params)
     batch = jax.tree.map(for_each, problem.batch)
     start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
     state = start, (start, start, put(jnp.int32(0), False)) if row.optimizer == "adam" else ()
     trains, compared = (problem.where, "*") if row.method != "all" else ("*", problem.where)
-    row.batch, row.moment_bytes = problem.rows * row.devices, tree_bytes(state[1])
-    row.trainable_bytes = tree_bytes(mf.partition(trains, params)[0])
-    row.flops_min = least_flops(problem, row.method)
+    row.batch, row.flops_min = problem.rows * row.devices, least_flops(problem, row.method)
+    parts = state[1], mf.partition(trains, params)[0]
+    row.moment_bytes, row.trainable_bytes = map(tree_bytes, parts)
     places = jax.tree.map(lambda leaf: leaf.sharding, state), None
     donated = () if row.method.endswith("not donated") else (0,)
     take = partial(take_step, row, loss, problem.where)
@@ -309,53 +293,56 @@ def prepare(problem: Problem, row: Row, devices: Sequence[jax.Device] = ()) -> N
     note_program(row, step, state, *args)
     # Each time in new arrays: a step deletes what it is given.
     row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, state[1]))
-    row.run = None if row.simulated else partial(repeat, step, args)
+    row.run = None if row.simulated else partial(take_steps, step, partial(repeat, args))
     # Adam's first step is the gradients' sign, which a rounding turns: its moment is compared.
     row.read = lambda state: mf.partition(compared, (state[1] or state)[0])[0]
     # Clipped, `all` stands alone: a norm over all is another than one over what trains.
     row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
     if once is not None:
-        row.once = Row(run=partial(repeat, lambda state: (state, once()), ()))
+        row.once = Row(run=partial(take_steps, lambda state: (state, once()), partial(repeat, ())))
         row.kept_bytes = tree_bytes(args[1])
         row.kept_ratio = row.kept_bytes / tree_bytes(batch)
         if "random_bits" in str(jax.make_jaxpr(once)()):
             row.remark = "what it draws at random is drawn once, and fixed"
 
 
-def repeat(step: Function, args: Sequence[Tree], state: Tree, steps: int, feed: Any = None) -> Any:
-    """Takes steps on ``args`` and what ``feed(steps)`` gives, batches or one of all, and waits."""
-    for batch in feed(steps) if feed else [()] * steps:
-        state, loss = step(state, *args, *batch)
+def take_steps(step: Function, feed: Function, state: Tree, steps: int) -> Any:
+    """Takes a step with each of the args that ``feed(steps)`` gives, and waits: (state, loss)."""
+    for args in feed(steps):
+        state, loss = step(state, *args)
     return untyped.block_until_ready((state, loss))
 
 
-def outliving(row: Row, do: Function) -> None:
-    """A row that runs out of memory says so, is run no more, and the rest go on."""
-    try:
-        do(row)
-    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
-        known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
-        # The other processes of a cluster would wait for this one in the row's collectives.
-        if not known or jax.process_count() > 1:
-            raise
-        row.remark, row.run = "out of memory", None
-
-
-def measure(rows: Sequence[Row], options: Namespace) -> None:
-    """Makes rows, shows that they agree, times them in rounds, and notes what that says."""
-    first: dict[str, tuple[Row, Tree]] = {}
+def in_turn(do: Function, rows: Sequence[Row]) -> None:
+    """Does it to each; one that runs out of memory says so, and is run no more; the rest go on."""
     for row in rows:
-        outliving(row, row.make)
-        if row.run:
-            outliving(row, partial(check_agreement, first=first))
-    rates = probes(options.dtype) if any(row.run for row in rows) else []
-    time_in_rounds([*rows, *(row.once for row in rows if row.once), *rates], options.rounds)
-    note_times([row for row in rows if row.run], *(x.batch / min(x.samples) for x in rates))
+        try:
+            do(row)
+        except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
+            known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
+            # The other processes of a cluster would wait for this one in the row's collectives.
+            if not known or jax.process_count() > 1:
+                raise
+            row.remark, row.run = "out of memory", None
+
+
+def measure(rows: Sequence[Row], options: Namespace) -> list[float]:
+    """Makes rows, shows that they agree, times them in rounds, notes what that says: the peaks."""
+    in_turn(lambda row: row.make(row), rows)
+    in_turn(partial(check_agreement, first={}), [row for row in rows if row.run])
+    rates = [] if options.compile_only else probes(options.dtype)
+    order = [*rows, *(row.once for row in rows if row.once), *rates]
+    shuffle = np.random.default_rng(0).shuffle  # the same in all processes
+    for _ in range(options.rounds if rows else 3):
+        shuffle(order)
+        in_turn(sample, [row for row in order if row.run])
+    peaks = [rate.batch / min(rate.samples) for rate in rates]
+    note_times([row for row in rows if row.run], *peaks)
     for row in rows:  # their arrays make room
         row.make = row.run = row.fresh = row.once = None
+    return peaks
 
 
-@cache
 def probes(dtype: str) -> list[Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = SIDE.get(jax.default_backend(), 8192)
@@ -363,33 +350,21 @@ def probes(dtype: str) -> list[Row]:
     steps: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
     rows = [Row(batch=2 * n**3), Row(batch=3 * starts[1].nbytes)]
     for row, step, start in zip(rows, steps, starts):
-        row.run = partial(repeat, jax.jit(step, donate_argnums=0), (start,))
+        row.run = partial(take_steps, jax.jit(step, donate_argnums=0), partial(repeat, (start,)))
         row.fresh = partial(jnp.copy, start)
     return rows
 
 
-def time_in_rounds(rows: Sequence[Row], rounds: int) -> None:
-    """Times each row once a round, in a shuffled order that is the same in all processes."""
-    order, shuffle = list(rows), np.random.default_rng(0).shuffle
-    for row in order:
-        row.samples = []
-    for _ in range(rounds):
-        shuffle(order)
-        for row in order:
-            if row.run:
-                outliving(row, sample)
-
-
 def sample(row: Row) -> None:
     """Adds seconds a step, of a sample that is long enough: by process 0's clock for all."""
-    while True:
-        state, _ = row.run(row.fresh(), 1)  # untimed: fills the caches that others emptied
-        took = timeit(partial(row.run, state, row.steps), number=1)  # no garbage is collected
-        seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
-        if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
-            break
+    state, _ = row.run(row.fresh(), 1)  # untimed: fills the caches that others emptied
+    took = timeit(partial(row.run, state, row.steps), number=1)  # no garbage is collected
+    seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
+    if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
+        row.samples.append(seconds / row.steps)
+    else:
         row.steps *= 2
-    row.samples.append(seconds / row.steps)
+        sample(row)
 
 
 def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
@@ -424,19 +399,13 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
 
 
 # ----------------------------------------------------------------------------- the tables
-# Each gives the rows that are timed together, before they are made.
-
-
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a step, by how layers are held still"""
     for problem in problems:
-        # Of a model of the user's, nobody knows whether there is something to hoist.
-        same = problem.sizes and least_flops(problem, "hoist") == least_flops(problem, "partition")
-        ways = [way for way in WAYS if not (same and way == "hoist")]
-        kinds = [(way, False, options.usual) for way in ways]
-        kinds += [(way, True, options.usual) for way in ways[:-1]]
-        kinds += [(way, False, "adam") for way in ways[:-3] if options.optimizer is None]
-        kinds = kinds if problem is problems[-1] else kinds[: len(ways) - 1]
+        kinds = [(way, False, options.optimizer) for way in WAYS]
+        kinds += [(way, True, options.optimizer) for way in WAYS[:-1]]
+        kinds += [(way, False, "adam") for way in WAYS[:3] if options.optimizer == "sgd"]
+        kinds = kinds if problem is problems[-1] else kinds[: len(WAYS) - 1]
         new = partial(Row, "methods", problem.name, make=partial(prepare, problem))
         yield [new(way, clip, optimizer=optimizer) for way, clip, optimizer in kinds]
 
@@ -448,161 +417,131 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[li
     for n, way in [(0, "all"), *product(range(1, len(layers)), ("partition", "hoist"))]:
         make = partial(prepare, problem._replace(where=layers[n:]))
         what = f"{problem.name}, {n} frozen"
-        rows += [Row("prefix", what, way, make=make, optimizer=options.usual)]
+        rows += [Row("prefix", what, way, make=make, optimizer=options.optimizer)]
     yield rows
 
 
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
     """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
-    for devices, problem in product(meshes(options), problems[-2:]):
-        n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
-        simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
-        new = partial(Row, problem=problem.name, platform=kind, optimizer=options.usual)
-        # One device of their kind, with a batch, must take the same step, and is what they are
-        # measured against; it is not shown.
-        one = partial(prepare, problem, devices=jax.local_devices(backend=kind)[:1])
-        alone = [new(method=way, make=one) for way in ways if n > 1 and not simulated]
-        new = partial(new, table="devices", devices=n, simulated=simulated)
-        new = partial(new, make=partial(prepare, problem, devices=devices))
-        sizes = {size for leaf in jax.tree.leaves(problem.params) for size in leaf.shape}
-        layouts = ["replicated", "sharded"][: 1 + (n > 1 and any(size % n == 0 for size in sizes))]
-        yield alone + [new(layout=layout, method=way) for layout, way in product(layouts, ways)]
-    if not options.devices and jax.process_count() == 1:  # last: arrays made before are gone
-        simulate(options, [8])
-        yield from devices_table(options, problems)
-
-
-def meshes(options: Namespace) -> Iterator[list[jax.Device]]:
-    """Of each platform 1, 2, 4, ... devices, as many of each process."""
     usual, processes = jax.devices(), jax.process_count()
     named = options.devices or processes > 1
     for devices in [usual] if named else map(jax.devices, sorted(backends())):  # the CPU first
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
-        in_turn = [d for turn in zip(*own) for d in turn]
+        by_turns = [d for turn in zip(*own) for d in turn]
+        powers = {len(devices), *(processes * 2**i for i in range(20))}
         several = devices != usual[:1]  # the usual one alone is in the other tables
-        counts = {len(devices), *(processes * 2**i for i in range(20))}
-        for n in options.devices or sorted(n for n in counts if several and n <= len(devices)):
-            yield in_turn[:n]
+        for n in options.devices or sorted(n for n in powers if several and n <= len(devices)):
+            yield from (device_rows(problem, by_turns[:n], options) for problem in problems[-2:])
+    if not named:  # last: what was made before is gone
+        vars(options).update(compile_only=True, devices=[8])
+        yield from devices_table(options, set_up(options))
 
 
-def simulate(options: Namespace, counts: list[int]) -> None:
-    """Puts CPU devices, on which nothing runs, in the place of all others; the options say so."""
-    vars(options).update(compile_only=True, devices=counts)
-    untyped.extend.backend.clear_backends()
-    untyped.config.update("jax_platforms", "cpu")
-    untyped.config.update("jax_num_cpu_devices", max(counts))
+def device_rows(problem: Problem, devices: list[jax.Device], options: Namespace) -> list[Row]:
+    n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
+    simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
+    make = partial(prepare, problem)
+    new = partial(Row, problem=problem.name, platform=kind, optimizer=options.optimizer, make=make)
+    # What they must agree with, and are measured against, is one device of their kind: not shown.
+    alone = [new(method=way) for way in ways if n > 1 and not simulated]
+    new = partial(new, table="devices", devices=n, simulated=simulated, on=devices)
+    sizes = {size for leaf in jax.tree.leaves(problem.params) for size in leaf.shape}
+    layouts = ["replicated", "sharded"][: 1 + (n > 1 and any(size % n == 0 for size in sizes))]
+    return alone + [new(layout=layout, method=way) for layout, way in product(layouts, ways)]
 
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
-    """the walk-through's 10,000 steps, each: by `train_step`, and by Haiku's"""
-    problem = mlp("seed", *PROBLEMS["seed"], options)
+    """the walk-through's 10,000 steps, each: by `train_step`, and in one `train`"""
+    problem = problems[0]
     xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.rows)
     batches = xs.astype(options.dtype), ys
     ours = partial(prepare_run, *mf.partition(problem.where, problem.params), batches)
     makes = {"loop": partial(ours, mf.train_step), "scan": partial(ours, mf.train)}
-    if "peers" in options.tables:
-        makes |= peers()["run"](sys.modules[__name__], problem, batches)
     yield [Row("run", "seed", way, steps=RUN_STEPS, make=make) for way, make in makes.items()]
 
 
 def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: Row) -> None:
     """Makes a step that is called for each batch or, a scan, with them all."""
-    jitted, loop = jax.jit(step, donate_argnums=0), list(zip(*batches))
+    jitted, loop = jax.jit(step, donate_argnums=0), [(frozen, *batch) for batch in zip(*batches)]
     scan = row.method.endswith("scan")
 
     def feed(steps: int) -> Any:
-        return [[column[:steps] for column in batches]] if scan else loop[:steps]
+        return [(frozen, *(column[:steps] for column in batches))] if scan else loop[:steps]
 
-    row.run = partial(repeat, jitted, (frozen,), feed=feed)
-    row.fresh, row.batch = partial(jax.tree.map, jnp.copy, state), batches[1].shape[1]
-    note_program(row, jitted, state, frozen, *(batches if scan else loop[0]))
-    row.flops = None if scan else row.flops  # of a loop XLA counts the body once
-
-
-def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
-    """the same step in other libraries, in the forms that they recommend"""
-    for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
-        yield peers()["rows"](sys.modules[__name__], problem)
+    row.run, row.fresh = partial(take_steps, jitted, feed), partial(jax.tree.map, jnp.copy, state)
+    note_program(row, jitted, state, *feed(RUN_STEPS)[0])
+    row.batch, row.flops = batches[1].shape[1], None if scan else row.flops  # it counts one pass
 
 
-peers: Function = partial(runpy.run_path, str(Path(__file__).parent / ".ci/peers.py"))
-tables: list[Function] = [methods_table, prefix_table, run_table, peers_table, devices_table]
+# Each gives lists of rows that are timed together, before they are made; peers.py adds its own.
+tables: list[Function] = [methods_table, prefix_table, run_table, devices_table]
 TABLES = {table.__name__.removesuffix("_table"): table for table in tables}
+PEERS, PICTURED = Path(__file__).parent / ".ci/peers.py", ("prefix", "methods")
 
 # ---------------------------------------------------------------- options and the cluster
-
 DEVICES = "devices compile_only cluster coordinator"
 UNUSED = {  # by a table, or beside another option
     "methods": DEVICES,
     "prefix": f"train freeze model {DEVICES}",
     "run": f"sizes batch train freeze optimizer model {DEVICES}",
-    "peers": f"optimizer model {DEVICES}",
     "model": "sizes batch dtype",
     "cluster": "coordinator",
     "compile_only": "cluster coordinator rounds",
 }
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise ArgumentTypeError(f"must be a positive integer below 2**31, got {text!r}")
-    return int(text)
-
-
-def file(text: str) -> str:
-    if not text or (os.path.exists(text) and not os.path.isfile(text)):
-        raise ArgumentTypeError(f"{text!r} is no regular file")
-    return os.path.realpath(text)
-
-
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The options; the tables that are asked for or use every option given, in their own order."""
+    """The options; of the tables those asked for or that use every option, of a model the first."""
+    if "--peers" in (sys.argv if argv is None else argv):
+        runpy.run_path(str(PEERS))["add_tables"](sys.modules[__name__])
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
-    parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0])
+    parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0], allow_abbrev=False)
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--peers", action="store_true", help="other libraries too")
-    add("--sizes", nargs="+", type=positive, metavar="N", help="the widths of an MLP")
-    add("--batch", type=positive, metavar="N", help="rows in a batch, a device")
+    add("--sizes", nargs="+", type=int, metavar="N", help="the widths of an MLP")
+    add("--batch", type=int, metavar="N", help="rows in a batch, a device")
     which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
     which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
-    add("--optimizer", choices=("sgd", "adam"), help="default: sgd, and adam in a few rows")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd has a few rows of adam")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
-    add("--rounds", type=positive, metavar="N", help="default: 7")
-    add("--devices", nargs="+", type=positive, metavar="N", help="how many")
+    add("--rounds", type=int, default=7, metavar="N", help="default: 7")
+    add("--devices", nargs="+", type=int, metavar="N", help="how many")
     add("--compile-only", action="store_true", help="simulate devices, time nothing")
     add("--cluster", action="store_true", help="SLURM, TPU pods, Kubernetes")
     add("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
-    add("--processes", type=positive, metavar="N", help="how many it has")
+    add("--processes", type=int, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
-    add("--json", type=file, metavar="FILE", help="the results")
-    add("--plot", type=file, metavar="FILE", help="a picture of the tables prefix and methods")
+    add("--json", type=Path, metavar="FILE", help="the results")
+    add("--plot", type=Path, metavar="FILE", help="a picture of the tables prefix and methods")
     options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
-    usual = [name for name in TABLES if name != "peers" and not unused.get(name)]
-    usual = usual[:1] if options.model else usual  # of a model the devices only where named
+    usual = [name for name in TABLES if not unused.get(name)][: 1 if options.model else None]
     asked = (options.tables or usual) + ["peers"] * options.peers
     options.tables = [name for name in TABLES if name in asked]
     for user in (*options.tables, *sorted(given)):
         for name in sorted(unused.get(user, ())):
             parser.error(f"--{name} is not used with {user}".replace("_", "-"))
+    options.where = options.train or [f"!{p}".removeprefix("!!") for p in options.freeze or []]
+    options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
     counts, port = options.devices or [], (options.coordinator or ":1").rpartition(":")[2]
+    numbers = [*counts, *(options.sizes or []), options.batch, options.rounds, options.processes]
+    numbers = [n for n in numbers if n is not None and not 0 < n < 2**31]
+    files = [str(file.resolve()) for file in (options.json, options.plot) if file is not None]
     refusals: dict[str, Any] = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": untyped.config.jax_disable_jit,
+        f"numbers must be positive, and below 2**31: {numbers}": numbers,
         "--coordinator must be HOST:PORT": not port.isdecimal() or int(port) >= 2**16,
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
-        "--model needs --train or --freeze": options.model and not given & {"train", "freeze"},
-        "--plot draws methods and prefix": options.plot and not {*asked} & {"methods", "prefix"},
-        "--json and --plot name the same file": options.json and options.json == options.plot,
+        "--model needs --train or --freeze": options.model and not options.where,
+        "--plot draws methods and prefix": options.plot and not {*options.tables} & {*PICTURED},
+        f"--json and --plot must be two regular files: {files}": len({*files}) < len(files)
+        or any(os.path.exists(file) and not os.path.isfile(file) for file in files),
     }
     for why in (why for why, wrong in refusals.items() if wrong):
         parser.error(why)
-    options.dtype, options.rounds = options.dtype or "float32", options.rounds or 7
-    options.where = options.train or [f"!{p}".removeprefix("!!") for p in options.freeze or []]
-    options.usual = options.optimizer or "sgd"
-    options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
     return options
 
 
@@ -628,7 +567,10 @@ def set_up(options: Namespace) -> list[Problem]:
     come within a minute, come twice, or die, JAX ends this one itself, by a C++ stack.
     """
     if options.compile_only:
-        simulate(options, options.devices or [1, 2, 4, 8])
+        options.devices = options.devices or [1, 2, 4, 8]
+        untyped.extend.backend.clear_backends()
+        untyped.config.update("jax_platforms", "cpu")
+        untyped.config.update("jax_num_cpu_devices", max(options.devices))
     if options.cluster:
         untyped.config.update("jax_cpu_collectives_implementation", "gloo")
         named = options.coordinator, options.processes, options.process
@@ -637,39 +579,35 @@ def set_up(options: Namespace) -> list[Problem]:
         if jax.process_index() != 0:  # process 0 alone prints and writes
             options.json = options.plot = None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    problems, refused = list[Problem](), ""
-    doing = "--peers, --json, --plot (uv run --with matplotlib bench.py)"
+    problems, refused, doing = list[Problem](), "", ""
     try:
-        if "peers" in options.tables:
-            peers()
-        write(options, {}, [], "")
         here, processes = jax.devices(), jax.process_count()
-        doing = f"--devices {options.devices}; --compile-only simulates more"
         if any(n > len(here) or n % processes for n in options.devices or []):
-            raise ValueError(f"there are {len(here)} in {processes} processes, {here}")
-        doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch)"
-        doing = doing if options.model else f"--sizes {options.sizes}"
+            found = f"there are {len(here)} in {processes} processes, {here}"
+            raise ValueError(f"--devices {options.devices}: {found}; --compile-only simulates more")
+        doing = "--json, --plot (uv run --with matplotlib bench.py): "
+        write(options, {}, [], "")
+        doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch): "
+        doing *= bool(options.model)
         problems = problems_of(options)
         for problem in problems:
-            doing = problem.name
             mf.partition(problem.where, problem.params)
     except Exception as error:
-        refused = f"{doing}: {error}".partition("\n")[0]
+        refused = f"{doing}{error}".partition("\n")[0]
     shared = vars(options) | dict.fromkeys(("json", "plot", "process"))
     mark = np.uint32(zlib.crc32(f"{refused}{shared}".encode()))
     marks = multihost_utils.process_allgather(mark).reshape(-1)
-    if (others := np.flatnonzero(marks != marks[0])).size and not refused:
-        refused = f"processes {others} refuse, or have other options than process 0; here: {shared}"
-    if refused:
-        raise ValueError(refused)
+    others = np.flatnonzero(marks != marks[0])
+    if refused or others.size:
+        differ = f"processes {others} refuse, or have other options than process 0; here: {shared}"
+        raise ValueError(refused or differ)
     return problems
 
 
 # ------------------------------------------------------------------------- presentation
-
 MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
 memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
-LINE = "{:15}  {:27}" + " {:>8}" * 6
+LINE = "{:14}  {:29}" + " {:>8}" * 6
 TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
 
 
@@ -682,16 +620,10 @@ def quantity(value: float | None, unit: str) -> str:
     return digits + f" {' kMGTPfpnµm'[power].strip()}{unit}".rstrip().replace(" x", "x")
 
 
-def place(row: Row) -> str:
-    """A row's problem, and in the table of devices how many of which kind."""
-    devices = f" on {row.devices} {row.platform}" if row.table == "devices" else ""
-    return f"{row.problem}{devices}"
-
-
 def label(row: Row) -> str:
     """A row's method and what is special about it."""
-    words = [row.method, "adam" * (row.optimizer == "adam"), row.layout]
-    words[1:1] = ["clipped"] if row.clip and "clip" not in row.method else []
+    devices = f"{row.devices} {row.platform}" if row.table == "devices" else ""
+    words = row.method, "clipped" * row.clip, row.optimizer.removeprefix("sgd"), devices, row.layout
     return ", ".join(filter(None, words))
 
 
@@ -700,7 +632,7 @@ def line(row: Row) -> str:
     values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
     cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
     cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
-    return "\n    ".join((LINE.format(place(row), label(row), *cells).rstrip(), *notes(row)))
+    return "\n    ".join((LINE.format(row.problem, label(row), *cells).rstrip(), *notes(row)))
 
 
 def notes(row: Row) -> Iterator[str]:
@@ -709,34 +641,31 @@ def notes(row: Row) -> Iterator[str]:
         kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio:.1f}x its own)"
         yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
     if row.devices > 1:
-        results, sent = quantity(row.collective_bytes, "B"), quantity(row.sent_bytes, "B")
+        given, sent = quantity(row.collective_bytes, "B"), quantity(row.sent_bytes, "B")
         pace = f", each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
-        simulated = "simulated: " * row.simulated
-        yield f"{simulated}collectives' results {results}, sent by each in a ring {sent}{pace}"
+        yield f"{'simulated: ' * row.simulated}collectives give {given}, a ring sends {sent}{pace}"
     if row.remark:
         yield row.remark
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
     """What to decide by, in three lines that stand alone: each table's last problem and devices."""
-    timed = sorted(rows, key=lambda row: row.step_s is not None)
-    said, last = dict[str, list[str]](), {row.table: place(row) for row in timed}
-    for row in sorted(rows, key=lambda row: row.table == "run"):
-        usual = row.method in ("all", "partition", "hoist", "loop", "scan") and not row.clip
-        if usual and row.table in ("methods", "devices", "run") and place(row) == last[row.table]:
-            ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
-            step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
-            facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
-            what = f"{place(row)}, {row.layout or row.optimizer}"
-            said.setdefault(what, []).append(", ".join(facts))
-    return [f"{what}: {' | '.join(texts)}" for what, texts in said.items()][:3]
+    said, tables = dict[Any, dict[str, list[str]]](), ("methods", "devices", "run")
+    ways = "all", "partition", "hoist", "loop", "scan"
+    rows = [row for row in rows if row.table in tables and row.method in ways and not row.clip]
+    for row in sorted(rows, key=lambda row: (tables.index(row.table), row.step_s is not None)):
+        ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
+        step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
+        facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
+        kind = said.setdefault((row.table, row.optimizer, row.layout), {})
+        what = label(row).replace(row.method, row.problem, 1)
+        kind.setdefault(what, []).append(", ".join(facts))
+    return [f"{what}: {' | '.join(texts)}" for what, texts in map(dict.popitem, said.values())][:3]
 
 
 def card(options: Namespace) -> dict[str, Any]:
     """What the figures depend on."""
-    rates, device = [] if options.compile_only else probes(options.dtype), jax.devices()[0]
-    time_in_rounds(rates, 3)
-    peaks = [probe.batch / min(probe.samples) for probe in rates] or [None, None]
+    peaks, device = [*measure([], options), None, None], jax.devices()[0]
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     cpu = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
@@ -749,37 +678,37 @@ def card(options: Namespace) -> dict[str, Any]:
 
 def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
-    pictured = [row for row in rows if row.step_s and row.table in ("prefix", "methods")]
+    pictured = [row for row in rows if row.step_s and row.table in PICTURED]
     results = {"card": facts, "complete": ended == "complete", "ended": ended}
     results |= {"rows": [{key: getattr(row, key) for key in KEYS} for row in rows]}
     for file, shown in ((options.json, rows), (options.plot, pictured)):
         if file:
-            with TemporaryDirectory(dir=Path(file).parent) as folder:
+            with TemporaryDirectory(dir=file.resolve().parent) as folder:
                 part = Path(folder, "part")
                 if file == options.json:
                     part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
                 else:
-                    drawing(pictured).savefig(part, format=Path(file).suffix[1:].lower())
+                    drawing(pictured).savefig(part, format=file.suffix[1:].lower())
                 if shown:
-                    part.replace(file)
+                    part.replace(file.resolve())
 
 
 def drawing(rows: Sequence[Row]) -> Any:
     """Time against frozen layers, a line a method, and beside it the last problem's methods."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # uv run --with matplotlib bench.py
 
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=200)
     left, right = figure.subplots(1, 2)
+    prefix, methods = ([row for row in rows if row.table == name] for name in PICTURED)
     for way in ("partition", "hoist"):
-        prefix = [row for row in rows if row.table == "prefix" and row.method in ("all", way)]
-        left.plot([1e3 * row.step_s for row in prefix], "o-", label=way)
-    left.set(title="ms a step, by layers frozen from the first", xticks=range(len(prefix)))
+        times = [1e3 * row.step_s for row in prefix if row.method in ("all", way)]
+        left.plot(times, "o-", label=way)
+    left.set(title="ms a step, by layers frozen from the first", xticks=range(len(times)))
     left.legend()
-    methods = [row for row in rows if row.table == "methods"]
     methods = [row for row in reversed(methods) if row.problem == methods[-1].problem]  # upwards
-    bars = right.barh([label(row) for row in methods], [1e3 * row.step_s for row in methods])
-    right.bar_label(bars, fmt="{:.3g}")
-    right.set(title="ms a step, by method", xmargin=0.15)
+    names = [f"{label(row)}: {quantity(row.step_s, 's')}" for row in methods]
+    right.barh(names, [1e3 * row.step_s for row in methods])
+    right.set(title="ms a step, by method")
     return figure
 
 

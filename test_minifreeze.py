@@ -168,7 +168,6 @@ def net() -> Net:
 
 
 # ------------------------------------------------------------------ every tree that JAX knows
-
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -296,8 +295,6 @@ def test_property_partition_splits_again_and_again_and_merge_is_the_inverse(data
 
 
 # ------------------------------------------------------------------ choosing, merging
-
-
 def slow_matches(pattern, name):
     """Without fnmatch: * is any text, ? one letter, [!b] one but b, all else is itself."""
     special, glob = {"*": ".*", "?": ".", "[!b]": "[^b]"}, pattern.removeprefix("!")
@@ -407,8 +404,6 @@ def test_any_number_of_parts():
 
 
 # ------------------------------------------------------------------ summary, warm_start
-
-
 @given(st.data(), any_tree)
 def test_property_summary_counts_what_numpy_counts(data, tree):
     parts = dict(zip(["first", "second"], mf.partition(choose(data, tree), tree)))
@@ -492,8 +487,6 @@ def test_warm_start_knows_a_leaf_by_the_names_on_its_path_apart():
 
 
 # ------------------------------------------------------------------ the MLP
-
-
 def numpy_logits(params, x):
     """The MLP in float64, layer after layer in the order of their numbers."""
     x = np.asarray(x, np.float64)
@@ -649,8 +642,6 @@ def test_dataset_rows_are_drawn_without_replacement_by_key():
 
 
 # ------------------------------------------------------------------ main
-
-
 @cache
 def walked(seed, steps):
     """The parameters of the walk-through before and after, and what it prints."""
@@ -806,7 +797,6 @@ def test_examples_and_public_names_of_the_file_and_of_it_up_to_the_banner(tmp_pa
 
 
 # ------------------------------------------------------------------ bad input, all of it
-
 MANY = {f"block_{i}": {"w": np.ones(1000), "b": np.ones(3)} for i in range(300)}
 HOLE = mf.Hole()
 BAD_INPUT = """
@@ -1117,8 +1107,6 @@ def test_property_hoist_of_random_programs(seed, steps, way, shapes_only):
 
 
 # ------------------------------------------------------------- hoist, law by law
-
-
 def spec(text):
     """An abstract array, from its dtype and its shape."""
     dtype, *shape = text.split()
@@ -1381,8 +1369,6 @@ def test_hoist_calls_the_function_once_and_sees_what_it_closes_over_now():
 
 
 # ------------------------------------------------------------- Haiku: the walk-through
-
-
 def haiku_mlp(sizes):
     return hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP(sizes)(x)))
 
@@ -1500,8 +1486,6 @@ def test_gradual_unfreezing_keeps_the_surviving_moments_with_warm_start():
 
 
 # ------------------------------------------------------------- Orbax, and everybody's models
-
-
 def test_orbax_saves_and_restores_the_trainable_part_alone(tmp_path):
     params = drawn(3, 100, 100, 5)
     trainable, frozen = mf.partition("linear_2", params)
@@ -1736,7 +1720,8 @@ vars(bench).update({SHORT}, backends=lambda: [jax.default_backend()])  # as with
 def _short_samples(request, monkeypatch):
     if "bench" in request.node.name:
         monkeypatch.setattr("os._exit", sys.exit)  # it would end the tests, too
-        for name, value in SHORT.items():
+        added = {"TABLES": dict(bench.TABLES), "UNUSED": dict(bench.UNUSED)}  # to, by --peers
+        for name, value in (SHORT | added).items():
             monkeypatch.setattr(bench, name, value)
 
 
@@ -1753,8 +1738,6 @@ def rows_of(file, **wanted):
 
 
 # ------------------------------------------------------------------------- figures by hand
-
-
 def sampled(*samples, **row):
     return bench.Row("methods", "p", samples=samples, batch=8, **{"method": "all"} | row)
 
@@ -1815,9 +1798,10 @@ def test_bench_samples_are_a_steps_time_in_shuffled_rounds_that_every_process_sh
         return "next", None
 
     monkeypatch.setattr(bench, "timeit", lambda do, number: -now[0] + (do(), now[0])[1])
+    monkeypatch.setattr(bench, "check_agreement", lambda row, first: None)
     for _ in range(2):
         rows = [bench.Row(run=partial(run, n), fresh=lambda: "fresh", steps=20) for n in "abc"]
-        bench.time_in_rounds(rows, 3)
+        bench.measure(rows, SimpleNamespace(rounds=3, compile_only=True))  # no peak is measured
         assert [row.samples for row in rows] == [[2**-10] * 3] * 3
         assert {call[1:] for call in calls[::2]} == {("fresh", 1)}  # untimed
         assert {call[1:] for call in calls[1::2]} == {("next", 20)}
@@ -1835,7 +1819,7 @@ def test_bench_samples_are_no_shorter_than_promised(monkeypatch):
     monkeypatch.setattr(bench, "timeit", lambda do, number: -now[-1] + (do(), now[-1])[1])
     monkeypatch.setattr(bench, "SAMPLE_S", 0.05)
     monkeypatch.setattr(bench, "RUN_STEPS", 1000)
-    bench.time_in_rounds([row], 1)
+    bench.sample(row)
     assert (row.steps, row.samples) == (3 * 2**5, [2**-10])  # 48 are 47 ms
 
 
@@ -1912,19 +1896,17 @@ def test_bench_least_bytes_with_adams_moments_by_hand(method, trains):
 
 def test_bench_adam_is_kingmas_and_bas():
     start = jnp.array([1.0, -2.0])
-    params, moments = start, (0 * start, 0 * start, jnp.int32(0))
+    state, row = (start, (0 * start, 0 * start, jnp.int32(0))), bench.Row(optimizer="adam")
     mean, square, wanted = 0, 0, np.array(start)
     for t, g in enumerate([[0.5, -1.0], [0.25, 3.0]], 1):
-        params, moments = bench.adam(params, jnp.array(g), *moments)
+        state, _ = bench.take_step(row, jnp.vdot, "*", state, jnp.array(g))  # whose gradient is g
         mean, square = 0.9 * mean + 0.1 * np.array(g), 0.999 * square + 0.001 * np.square(g)
         scale = np.sqrt(square / (1 - 0.999**t)) + 1e-8
         wanted = wanted - bench.ADAM_RATE * mean / (1 - 0.9**t) / scale
-    np.testing.assert_allclose(params, wanted, rtol=1e-6)
+    np.testing.assert_allclose(state[0], wanted, rtol=1e-6)
 
 
 # --------------------------------------------------------------------- a run of every table
-
-
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """Every table but run and peers, on a small network: (the file, its rows, what it said)."""
@@ -1980,12 +1962,12 @@ def test_bench_steps_alias_their_state_unless_they_are_not_donated(small_run):
 def test_bench_prints_a_line_a_row_and_the_answer_last(small_run):
     _, rows, printed = small_run
     lines = [line for line in printed.splitlines() if re.match("mlp[, ][^|]{60,}$", line)]
-    wanted = [f"{r.problem}{' on 8 cpu' * (r.table == 'devices')}  {bench.label(r)}" for r in rows]
+    wanted = [f"{r.problem}  {bench.label(r)}" for r in rows]
     assert ["  ".join(re.split("  +", line)[:2]) for line in lines] == wanted
     assert max(map(len, lines)) <= 100
     assert printed.startswith(f"jax {jax.__version__}, jaxlib ")
     about = [line.partition(":")[0] for line in printed.splitlines()[-3:]]
-    assert about == ["mlp, sgd", "mlp, adam", "mlp on 8 cpu, replicated"]
+    assert about == ["mlp", "mlp, adam", "mlp, 8 cpu, replicated"]
 
 
 def test_bench_answer_says_what_the_rows_say():
@@ -2001,36 +1983,40 @@ def test_bench_answer_says_what_the_rows_say():
         bench.Row("devices", "deep", "all", False, "cpu", 8, True, "replicated"),
     ]  # fmt: skip
     assert bench.answers(rows) == [
-        "deep, sgd: all 40.0 ms, 118 MB | hoist 200 µs (200x), 2.00 kB, once 10.0 ms and 500 B "
+        "deep: all 40.0 ms, 118 MB | hoist 200 µs (200x), 2.00 kB, once 10.0 ms and 500 B "
         "more a batch (2.0x its own), paid after 1 epochs",
-        "deep on 8 tpu, replicated: all 80.0 ms, collectives' results 5.00 kB, sent by each in a "
-        "ring 9.00 kB, each at 50% of one's pace",
-        "seed, sgd: scan 30.0 µs",
+        "deep, 8 tpu, replicated: all 80.0 ms, collectives give 5.00 kB, a ring sends 9.00 kB, "
+        "each at 50% of one's pace",
+        "seed: scan 30.0 µs",
     ]
 
 
 @peers
 def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
-    code, _, error = bench_here(capsys, "--tables", "peers", *SMALL, "--json", tmp_path / "x.json")
-    rows = rows_of(tmp_path / "x.json")[4:]
-    assert (code, error, [row["method"] for row in rows]) == (0, "", list(bench.peers()["FORMS"]))
+    kept = tmp_path / "x.json"
+    code, _, error = bench_here(capsys, "--peers", "--tables", "peers", *SMALL, "--json", kept)
+    rows, forms = rows_of(kept)[4:], runpy.run_path(str(bench.PEERS))["FORMS"]
+    assert (code, error, [row["method"] for row in rows]) == (0, "", list(forms))
     timed = {row["method"] for row in rows if row["step_s"]}
     assert {"haiku", "equinox, filter_jit", "nnx, cached_partial"} <= timed
     assert all(row["alias_bytes"] is None or row["alias_bytes"] >= 4 * (16 * 4 + 4) for row in rows)
     options = bench.parse("--tables run --rounds 1 --peers".split())
-    (run,) = bench.run_table(options, [])  # with Haiku's, as `peers` is a table, too
+    seed = bench.mlp("seed", *bench.PROBLEMS["seed"], options)
+    (run,) = bench.TABLES["run"](options, [seed])
     bench.measure(run, options)
     assert [row.method for row in run] == ["loop", "scan", "haiku loop", "haiku scan"]
     assert all(row.step_s > 0 and row.steps == bench.RUN_STEPS for row in run)
+    assert (options.tables, [*bench.TABLES][-1]) == (["run", "peers"], "devices")
 
 
 def test_bench_peers_that_are_missing_are_named(monkeypatch):
     for module in ("haiku", "equinox", "flax.nnx", "optax"):
         monkeypatch.setitem(sys.modules, module, None)
-    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], bench.parse([]))
-    rows = bench.peers()["rows"](bench, problem)[4:]
-    assert all(row.remark.startswith("left out: ") for row in rows)
-    assert bench.peers()["run"](bench, problem, None) == {}
+    options = bench.parse(["--peers"])
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"], options)
+    (rows,), (run,) = (bench.TABLES[name](options, [problem]) for name in ("peers", "run"))
+    assert all(row.remark.startswith("left out: ") for row in rows[4:])
+    assert [row.method for row in run] == ["loop", "scan"]
 
 
 @processes
@@ -2061,8 +2047,6 @@ def test_bench_as_it_is_typed_plans_devices_that_are_not_there(tmp_path):
 
 
 # -------------------------------------------------------------------------- what goes wrong
-
-
 def moving(changes, group="sgd", loss=0.0, method="mask"):
     """A row whose parameters, three zeros, change so."""
     change = {name: jnp.array(values, jnp.float32) for name, values in changes.items()}
@@ -2134,29 +2118,29 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
     bench.prepare(problem, row := bench.Row("methods", "mine", "hoist", devices=3))
     assert (row.remark, row.flops_min) == ("what it draws at random is drawn once, and fixed", None)
     bench.prepare(problem, row := bench.Row("methods", "mine", "all", devices=3))
-    assert row.run.args[1][0].shape == (12, 3)
+    assert next(row.run.args[1](1))[0].shape == (12, 3)  # the first argument of the first step
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ("--devices 4096", "simulates more: there are 1 in 1 processes, ["),
+    ("--devices 4096", "--devices [4096]: there are 1 in 1 processes, ["),
     ("--devices 7 3 7", "--devices names a count twice: [7, 3, 7]"),
-    ("--train nope --sizes 2 2", "mlp: pattern 'nope' matches none of"),
-    ("--sizes 8", "--sizes [8]: sizes must be two or more positive integers, got (8,)"),
-    ("--sizes 8 99999999999", "below 2**31, got '99999999999'"),
+    ("--train nope --sizes 2 2", "pattern 'nope' matches none of"),
+    ("--sizes 8", "sizes must be two or more positive integers, got (8,)"),
+    ("--sizes 8 99999999999", "must be positive, and below 2**31: [99999999999]"),
     ("--sizes 8 4 --tables run", "--sizes is not used with run"),
     ("--train * --tables prefix", "--train is not used with prefix"),
     ("--compile-only --rounds 3", "--rounds is not used with compile-only"),
     ("--coordinator a:99999 --processes 2 --process 0", "--coordinator must be HOST:PORT"),
     ("--json {}/no/x.json", "uv run --with matplotlib bench.py): [Errno 2] No such file"),
-    ("--json {}", "'{}' is no regular file"),
-    ("--json=", "'' is no regular file"),
-    ("--json {}/x.png --plot {}/./x.png", "--json and --plot name the same file"),
+    ("--json {}", "must be two regular files: ['{}']"),
+    ("--json=", "must be two regular files: ['"),
+    ("--json {}/x.png --plot {}/./x.png", "two regular files: ['{}/x.png', '{}/x.png']"),
     ("--json {}/x.json --plot {}/x.doc", "'doc'"),
     ("--plot {}/x.png --tables run", "--plot draws methods and prefix"),
     ("--model {}/none.py:make --train w", "No such file or directory: '{}/none.py'"),
     ("--model {}/mine.py:good", "--model needs --train or --freeze"),
     ("--model {}/mine.py:good --train w --batch 3", "--batch is not used with model"),
-    ("--model {}/mine.py:good --train v", "mine: pattern 'v' matches none of 'head', 'body'"),
+    ("--model {}/mine.py:good --train v", "pattern 'v' matches none of 'head', 'body'"),
     ("--model {}/mine.py:pair --train w", "must give (loss_fn, params, batch): not enough values"),
     ("--model {}/mine.py:vector --train w", "scalar-output functions"),
 ])  # fmt: skip
@@ -2174,7 +2158,7 @@ def test_bench_refuses_what_is_set_or_missing_outside(monkeypatch, tmp_path, cap
         assert "JAX_DISABLE_JIT is set" in bench_here(capsys)[2]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "uv run --with matplotlib" in bench_here(capsys, "--plot", tmp_path / "x.png")[2]
-    monkeypatch.setattr(bench, "peers", partial(runpy.run_path, str(tmp_path / "peers.py")))
+    monkeypatch.setattr(bench, "PEERS", tmp_path / "peers.py")
     assert f"No such file or directory: '{tmp_path}/peers.py'" in bench_here(capsys, "--peers")[2]
 
 
@@ -2228,7 +2212,6 @@ def test_bench_interrupted_or_unheard_writes_its_rows(error, code, ended, tmp_pa
 
 
 # -------------------------------------------------------------- the bench across processes
-
 CLUSTER = f"""{SHORTENED}
 def run(*options):
     try:
@@ -2276,7 +2259,6 @@ def test_bench_two_processes_train_as_one_and_end_with_each_other(tmp_path):
 
 
 # ------------------------------------------------------------------------------- the README
-
 README = (HERE / "README.md").read_text()
 
 
@@ -2325,7 +2307,7 @@ def test_readme_model_goes_through_the_bench(tmp_path):
     done = python([sys.executable, HERE / "bench.py", *exact], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"linear_2/w +\(256, 10\) +float32 +2560 +trainable", done.stdout)
-    assert re.search(r"partition, replicated +\d", done.stdout)
+    assert re.search(r"partition, 1 cpu, replicated +\d", done.stdout)
 
 
 def test_readme_tables_are_those_of_the_committed_results(monkeypatch):

@@ -1,8 +1,9 @@
 """The bench's step in other libraries: each in the forms that it recommends, named in the row.
 
-`bench.py --peers` loads this file. Every form donates its state, and is shown to take the step
-that bench.py's own take before it is timed. A library that is not there, or was made for another
-jax, is named and left out. Where a form is slow, the fast one of the same library stands beside it.
+`bench.py --peers` loads this file, which adds its tables. Every form donates its state, and is
+shown to take the step that bench.py's own take before it is timed. A library that is not there, or
+was made for another jax, is named and left out. Where a form is slow, the fast one of the same
+library stands beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -249,6 +250,25 @@ FORMS: dict[str, Callable[..., Peer]] = {  # the row's name; clipped where it sa
 GROUPS = {"optax, clip inside": "sgd, clipped", "optax, clip outside": "sgd, clipped over all"}
 
 
+def add_tables(bench: Any) -> None:
+    """Adds the table of peers, and Haiku's rows to that of the walk-through, to the bench's own."""
+    ours = bench.run_table
+
+    def run_table(options: Any, problems: Any) -> Any:
+        for group in ours(options, problems):
+            yield [*group, *haiku_runs(bench, problems[0], group[0].make.args[2])]
+
+    def peers_table(options: Any, problems: Any) -> Any:
+        """the same step in other libraries, in the forms that they recommend"""
+        for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
+            yield rows(bench, problem)
+
+    run_table.__doc__ = f"{ours.__doc__}, and in Haiku"
+    bench.TABLES |= {"run": run_table, "peers": peers_table}
+    bench.TABLES["devices"] = bench.TABLES.pop("devices")  # the last: it changes what there is
+    bench.UNUSED["peers"] = f"optimizer model {bench.DEVICES}"
+
+
 def rows(bench: Any, problem: Any) -> list[Any]:
     """The rows of one problem, ours first; a form that is not to be had says why."""
     params, batch = problem.params, problem.batch
@@ -264,9 +284,9 @@ def rows(bench: Any, problem: Any) -> list[Any]:
         if hasattr(jitted, "lower"):  # not nnx.jit before flax 0.11
             bench.note_program(row, jitted, peer.fresh(), *peer.args)
         row.trainable_bytes, row.bytes_min = ours[1].trainable_bytes, ours[1].bytes_min
-        row.run, row.batch = partial(bench.repeat, peer.step, peer.args), problem.rows
+        row.run = partial(bench.take_steps, peer.step, partial(repeat, peer.args))
+        row.batch, row.group = problem.rows, GROUPS.get(row.method, "sgd")
         row.fresh, row.read = peer.fresh, peer.read
-        row.group = GROUPS.get(row.method, "sgd")
 
     theirs = []
     for name, build in FORMS.items():
@@ -279,18 +299,24 @@ def rows(bench: Any, problem: Any) -> list[Any]:
     return ours + theirs
 
 
-def run(bench: Any, problem: Any, batches: Any) -> dict[str, Any]:
-    """Haiku's step in a loop and in a scan over the walk-through's batches: row name -> maker."""
+def haiku_runs(bench: Any, problem: Any, batches: Any) -> list[Any]:
+    """Haiku's step in a loop and in a scan over the walk-through's batches."""
     try:
         step, trainable, frozen, read = haiku_parts(problem, problem.params, bench.SGD_RATE)
     except (ImportError, AttributeError):  # the table of peers says so
-        return {}
+        return []
 
     def scan(trainable: Any, frozen: Any, *batches: Any) -> Any:
         return jax.lax.scan(lambda state, batch: step(state, frozen, *batch), trainable, batches)
 
-    def make(step: Any, row: Any) -> None:
-        bench.prepare_run(trainable, frozen, batches, step, row)
-        row.read = read
-
-    return {"haiku loop": partial(make, step), "haiku scan": partial(make, scan)}
+    return [
+        bench.Row(
+            "run",
+            problem.name,
+            f"haiku {way}",
+            steps=bench.RUN_STEPS,
+            read=read,
+            make=partial(bench.prepare_run, trainable, frozen, batches, step),
+        )
+        for way, step in (("loop", step), ("scan", scan))
+    ]
