@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 """bench: what freezing buys on this machine, across its devices, for your model.
 
-    python bench.py --json run.json --plot run.png          # all but peers, 90 s on two cores
+    python bench.py --json run.json                         # all but peers, 90 s on two cores
     python bench.py --model mine.py:make --train 'head/*'   # your own model
     python bench.py --devices 8 64 512 --compile-only       # a cluster, planned on a laptop
 
@@ -48,9 +48,9 @@ Tree = Any
 Function = Callable[..., Any]
 untyped: Any = jax  # for what jax leaves without types
 
-SGD_RATE, ADAM_RATE, CLIP = 0.1, 1e-3, 0.1  # a norm that the problems' gradients exceed
+SGD_RATE, ADAM_RATE, CLIP = 0.1, 1e-3, 0.1  # CLIP: a norm that the problems' gradients exceed
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
-VECTOR, SIDE = 2**24, {"cpu": 1024}  # floats that no cache holds; of a product, 8192 elsewhere
+VECTOR, SIDE = 2**24, {"cpu": 1024}  # more floats than a cache holds; a product's side, else 8192
 
 
 # --------------------------------------------------------------------------- the problems
@@ -143,7 +143,7 @@ def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tre
 # ---------------------------------------------------------------------------- the figures
 # Ratios are medians over rounds; FLOPs, bytes and shares those of a step on one device: `temp`,
 # `alias` and `memory` as XLA says, `collective` what collectives give, `sent` what a ring sends for
-# them, `kept` what hoist keeps. `efficiency` is what of one device's pace each of many keeps.
+# them, `kept` what hoist keeps. `efficiency` is the part of one device's pace that each keeps.
 KEYS = """table problem method clip platform devices simulated layout step_s spread_s vs_all
     compile_s flops flops_min peak_share temp_bytes trainable_bytes collective_bytes optimizer
     memory_bytes alias_bytes bytes_min roofline_share rows_per_s efficiency sent_bytes once_s
@@ -174,8 +174,8 @@ def tree_bytes(tree: Tree) -> int:
 def least_flops(problem: Problem, method: str) -> int | None:
     """The least FLOPs of a step: 2 x batch x in x out for each matrix product; None for a model.
 
-    That is one a layer forward (``hoist`` has done those that need nothing that trains), one for
-    the gradient of each ``w`` that trains, one for that of each input above what trains first.
+    One a layer forward (``hoist`` has done those that need nothing that trains), one for the
+    gradient of each ``w`` that trains, one for that of each input above the first layer that does.
     """
     if not problem.sizes:
         return None
@@ -314,7 +314,7 @@ def take_steps(step: Function, feed: Function, state: Tree, steps: int) -> Any:
 
 
 def in_turn(do: Function, rows: Sequence[Row]) -> None:
-    """Does it to each; one that runs out of memory says so, and is run no more; the rest go on."""
+    """Does it to each row; one that runs out of memory says so and is run no more; others go on."""
     for row in rows:
         try:
             do(row)
@@ -327,10 +327,10 @@ def in_turn(do: Function, rows: Sequence[Row]) -> None:
 
 
 def measure(rows: Sequence[Row], options: Namespace) -> list[float]:
-    """Makes rows, shows that they agree, times them in rounds, notes what that says: the peaks."""
+    """Makes rows, shows that they agree, times them in rounds and notes it; gives the peaks."""
+    rates = [] if options.compile_only else probes(options.dtype)
     in_turn(lambda row: row.make(row), rows)
     in_turn(partial(check_agreement, first={}), [row for row in rows if row.run])
-    rates = [] if options.compile_only else probes(options.dtype)
     order = [*rows, *(row.once for row in rows if row.once), *rates]
     shuffle = np.random.default_rng(0).shuffle  # the same in all processes
     for _ in range(options.rounds if rows else 3):
@@ -357,8 +357,8 @@ def probes(dtype: str) -> list[Row]:
 
 def sample(row: Row) -> None:
     """Adds seconds a step, of a sample that is long enough: by process 0's clock for all."""
-    state, _ = row.run(row.fresh(), 1)  # untimed: fills the caches that others emptied
-    took = timeit(partial(row.run, state, row.steps), number=1)  # no garbage is collected
+    # An untimed step first fills the caches that others emptied; no garbage is collected.
+    took = timeit(partial(row.run, row.run(row.fresh(), 1)[0], row.steps), number=1)
     seconds = float(multihost_utils.broadcast_one_to_all(np.float32(took)))
     if seconds >= SAMPLE_S or row.steps >= RUN_STEPS:
         row.samples.append(seconds / row.steps)
@@ -433,13 +433,13 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[l
         for n in options.devices or sorted(n for n in powers if several and n <= len(devices)):
             yield from (device_rows(problem, by_turns[:n], options) for problem in problems[-2:])
     if not named:  # last: what was made before is gone
-        vars(options).update(compile_only=True, devices=[8])
+        vars(options).update(compile_only=True, devices=[8], cluster=False)
         yield from devices_table(options, set_up(options))
 
 
 def device_rows(problem: Problem, devices: list[jax.Device], options: Namespace) -> list[Row]:
     n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
-    simulated = bool(options.compile_only) or (kind == "cpu" and n > jax.process_count())
+    simulated = options.compile_only or (kind == "cpu" and n > jax.process_count())
     make = partial(prepare, problem)
     new = partial(Row, problem=problem.name, platform=kind, optimizer=options.optimizer, make=make)
     # What they must agree with, and are measured against, is one device of their kind: not shown.
@@ -451,7 +451,7 @@ def device_rows(problem: Problem, devices: list[jax.Device], options: Namespace)
 
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
-    """the walk-through's 10,000 steps, each: by `train_step`, and in one `train`"""
+    """a step of the walk-through's 10,000: one by one by `train_step`, or all in one `train`"""
     problem = problems[0]
     xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, problem.rows)
     batches = xs.astype(options.dtype), ys
@@ -473,7 +473,7 @@ def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: R
     row.batch, row.flops = batches[1].shape[1], None if scan else row.flops  # it counts one pass
 
 
-# Each gives lists of rows that are timed together, before they are made; peers.py adds its own.
+# Each yields lists of unmade rows that are timed together; .ci/peers.py adds its own tables.
 tables: list[Function] = [methods_table, prefix_table, run_table, devices_table]
 TABLES = {table.__name__.removesuffix("_table"): table for table in tables}
 PEERS, PICTURED = Path(__file__).parent / ".ci/peers.py", ("prefix", "methods")
@@ -491,7 +491,7 @@ UNUSED = {  # by a table, or beside another option
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The options; of the tables those asked for or that use every option, of a model the first."""
+    """The options; tables are those asked for or that use every option; of a model, the first."""
     if "--peers" in (sys.argv if argv is None else argv):
         runpy.run_path(str(PEERS))["add_tables"](sys.modules[__name__])
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
@@ -503,7 +503,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--batch", type=int, metavar="N", help="rows in a batch, a device")
     which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
     which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd has a few rows of adam")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd, with some adam")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
     add("--rounds", type=int, default=7, metavar="N", help="default: 7")
@@ -513,8 +513,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--coordinator", metavar="HOST:PORT", help="a cluster named by hand")
     add("--processes", type=int, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
-    add("--json", type=Path, metavar="FILE", help="the results")
-    add("--plot", type=Path, metavar="FILE", help="a picture of the tables prefix and methods")
+    add("--json", type=Path.cwd().joinpath, metavar="FILE", help="the results")
+    add("--plot", type=Path.cwd().joinpath, metavar="FILE", help="a picture of prefix and methods")
     options = parser.parse_args(argv)
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
@@ -537,7 +537,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
         "--model needs --train or --freeze": options.model and not options.where,
         "--plot draws methods and prefix": options.plot and not {*options.tables} & {*PICTURED},
-        f"--json and --plot must be two regular files: {files}": len({*files}) < len(files)
+        f"--json, --plot must be regular files, not the same: {files}": len({*files}) < len(files)
         or any(os.path.exists(file) and not os.path.isfile(file) for file in files),
     }
     for why in (why for why, wrong in refusals.items() if wrong):
@@ -587,13 +587,13 @@ def set_up(options: Namespace) -> list[Problem]:
             raise ValueError(f"--devices {options.devices}: {found}; --compile-only simulates more")
         doing = "--json, --plot (uv run --with matplotlib bench.py): "
         write(options, {}, [], "")
-        doing = f"--model {options.model}: FILE.py:NAME must give (loss_fn, params, batch): "
-        doing *= bool(options.model)
+        doing = options.model and f"{options.model}, FILE.py:NAME, gives (loss_fn, params, batch): "
         problems = problems_of(options)
         for problem in problems:
+            doing = f"{problem.name}: "
             mf.partition(problem.where, problem.params)
     except Exception as error:
-        refused = f"{doing}{error}".partition("\n")[0]
+        refused = f"{doing or ''}{error}".partition("\n")[0]
     shared = vars(options) | dict.fromkeys(("json", "plot", "process"))
     mark = np.uint32(zlib.crc32(f"{refused}{shared}".encode()))
     marks = multihost_utils.process_allgather(mark).reshape(-1)
@@ -607,7 +607,7 @@ def set_up(options: Namespace) -> list[Problem]:
 # ------------------------------------------------------------------------- presentation
 MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
 memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
-LINE = "{:14}  {:29}" + " {:>8}" * 6
+LINE = "{:14}  {:34} {:>7} {:>8} {:>8} {:>7} {:>7} {:>7}"
 TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
 
 
@@ -640,7 +640,7 @@ def notes(row: Row) -> Iterator[str]:
         paid = f"paid after {row.break_even:.2g} epochs" if row.break_even else "never paid"
         kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio:.1f}x its own)"
         yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
-    if row.devices > 1:
+    if row.devices > 1 and row.sent_bytes is not None:
         given, sent = quantity(row.collective_bytes, "B"), quantity(row.sent_bytes, "B")
         pace = f", each at {row.efficiency:.0%} of one's pace" if row.efficiency else ""
         yield f"{'simulated: ' * row.simulated}collectives give {given}, a ring sends {sent}{pace}"
@@ -649,7 +649,7 @@ def notes(row: Row) -> Iterator[str]:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """What to decide by, in three lines that stand alone: each table's last problem and devices."""
+    """The answer, in at most three lines that stand alone: of a table the last problem timed."""
     said, tables = dict[Any, dict[str, list[str]]](), ("methods", "devices", "run")
     ways = "all", "partition", "hoist", "loop", "scan"
     rows = [row for row in rows if row.table in tables and row.method in ways and not row.clip]
@@ -659,7 +659,7 @@ def answers(rows: Sequence[Row]) -> list[str]:
         facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
         kind = said.setdefault((row.table, row.optimizer, row.layout), {})
         what = label(row).replace(row.method, row.problem, 1)
-        kind.setdefault(what, []).append(", ".join(facts))
+        kind[what] = [*kind.pop(what, []), ", ".join(facts)]  # the last one again the last
     return [f"{what}: {' | '.join(texts)}" for what, texts in map(dict.popitem, said.values())][:3]
 
 

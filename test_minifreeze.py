@@ -31,6 +31,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from functools import cache, partial
 from pathlib import Path
 from random import Random
@@ -1814,13 +1815,20 @@ def test_bench_samples_are_a_steps_time_in_shuffled_rounds_that_every_process_sh
 
 
 def test_bench_samples_are_no_shorter_than_promised(monkeypatch):
-    row, now = bench.Row(fresh=lambda: None), [0.0]
-    row.run = lambda state, steps: (now.append(now[-1] + steps * 2**-10), None)
+    now, alive, most = [0.0], weakref.WeakSet(), []
+
+    def run(state, steps):
+        now.append(now[-1] + steps * 2**-10)
+        alive.add(new := type("State", (), {})())
+        most.append(len(alive))
+        return new, None
+
     monkeypatch.setattr(bench, "timeit", lambda do, number: -now[-1] + (do(), now[-1])[1])
     monkeypatch.setattr(bench, "SAMPLE_S", 0.05)
     monkeypatch.setattr(bench, "RUN_STEPS", 1000)
-    bench.sample(row)
+    bench.sample(row := bench.Row(run=run))
     assert (row.steps, row.samples) == (3 * 2**5, [2**-10])  # 48 are 47 ms
+    assert max(most) == 2  # states: the one given and the one made
 
 
 def flops_by_hand(sizes, batch, forward, weights, inputs):
@@ -1972,6 +1980,8 @@ def test_bench_prints_a_line_a_row_and_the_answer_last(small_run):
 
 def test_bench_answer_says_what_the_rows_say():
     rows = [
+        bench.Row("methods", "wide", "all", step_s=1),
+        bench.Row("methods", "deep", "partition", remark="out of memory"),
         bench.Row("methods", "deep", "all", memory_bytes=118_000_000, step_s=0.04, vs_all=1),
         bench.Row("methods", "deep", "hoist", memory_bytes=2000, step_s=0.0002, vs_all=0.005,
                   once_s=0.01, break_even=1.02, kept_bytes=500, kept_ratio=2),
@@ -1983,12 +1993,20 @@ def test_bench_answer_says_what_the_rows_say():
         bench.Row("devices", "deep", "all", False, "cpu", 8, True, "replicated"),
     ]  # fmt: skip
     assert bench.answers(rows) == [
-        "deep: all 40.0 ms, 118 MB | hoist 200 µs (200x), 2.00 kB, once 10.0 ms and 500 B "
-        "more a batch (2.0x its own), paid after 1 epochs",
+        "deep: partition, out of memory | all 40.0 ms, 118 MB | hoist 200 µs (200x), 2.00 kB, once "
+        "10.0 ms and 500 B more a batch (2.0x its own), paid after 1 epochs",
         "deep, 8 tpu, replicated: all 80.0 ms, collectives give 5.00 kB, a ring sends 9.00 kB, "
         "each at 50% of one's pace",
         "seed: scan 30.0 µs",
     ]
+
+
+def test_bench_without_memory_or_a_cluster_of_one_simulates_and_sends_nothing(monkeypatch):
+    row = bench.Row("devices", devices=4, remark="out of memory")
+    assert list(bench.notes(row)) == ["out of memory"]
+    options, joined = bench.parse("--coordinator a:1 --processes 1 --process 0".split()), []
+    monkeypatch.setattr(bench, "set_up", lambda options: joined.append(options.cluster) or [])
+    assert (list(bench.devices_table(options, [])), joined) == ([], [False])  # but once before
 
 
 @peers
@@ -2001,8 +2019,7 @@ def test_bench_peers_take_our_step_in_every_form(tmp_path, capsys):
     assert {"haiku", "equinox, filter_jit", "nnx, cached_partial"} <= timed
     assert all(row["alias_bytes"] is None or row["alias_bytes"] >= 4 * (16 * 4 + 4) for row in rows)
     options = bench.parse("--tables run --rounds 1 --peers".split())
-    seed = bench.mlp("seed", *bench.PROBLEMS["seed"], options)
-    (run,) = bench.TABLES["run"](options, [seed])
+    (run,) = bench.TABLES["run"](options, [bench.mlp("seed", *bench.PROBLEMS["seed"], options)])
     bench.measure(run, options)
     assert [row.method for row in run] == ["loop", "scan", "haiku loop", "haiku scan"]
     assert all(row.step_s > 0 and row.steps == bench.RUN_STEPS for row in run)
@@ -2124,7 +2141,7 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
 @pytest.mark.parametrize(("options", "words"), [
     ("--devices 4096", "--devices [4096]: there are 1 in 1 processes, ["),
     ("--devices 7 3 7", "--devices names a count twice: [7, 3, 7]"),
-    ("--train nope --sizes 2 2", "pattern 'nope' matches none of"),
+    ("--train nope --sizes 2 2", "mlp: pattern 'nope' matches none of"),
     ("--sizes 8", "sizes must be two or more positive integers, got (8,)"),
     ("--sizes 8 99999999999", "must be positive, and below 2**31: [99999999999]"),
     ("--sizes 8 4 --tables run", "--sizes is not used with run"),
@@ -2132,16 +2149,16 @@ def test_bench_model_on_devices_has_as_many_rows_for_each_and_draws_once(models,
     ("--compile-only --rounds 3", "--rounds is not used with compile-only"),
     ("--coordinator a:99999 --processes 2 --process 0", "--coordinator must be HOST:PORT"),
     ("--json {}/no/x.json", "uv run --with matplotlib bench.py): [Errno 2] No such file"),
-    ("--json {}", "must be two regular files: ['{}']"),
-    ("--json=", "must be two regular files: ['"),
-    ("--json {}/x.png --plot {}/./x.png", "two regular files: ['{}/x.png', '{}/x.png']"),
+    ("--json {}", "must be regular files, not the same: ['{}']"),
+    ("--json=", "must be regular files, not the same: ['"),
+    ("--json {}/x.png --plot {}/./x.png", "not the same: ['{}/x.png', '{}/x.png']"),
     ("--json {}/x.json --plot {}/x.doc", "'doc'"),
     ("--plot {}/x.png --tables run", "--plot draws methods and prefix"),
     ("--model {}/none.py:make --train w", "No such file or directory: '{}/none.py'"),
     ("--model {}/mine.py:good", "--model needs --train or --freeze"),
     ("--model {}/mine.py:good --train w --batch 3", "--batch is not used with model"),
-    ("--model {}/mine.py:good --train v", "pattern 'v' matches none of 'head', 'body'"),
-    ("--model {}/mine.py:pair --train w", "must give (loss_fn, params, batch): not enough values"),
+    ("--model {}/mine.py:good --train v", ": mine: pattern 'v' matches none of 'head', 'body'"),
+    ("--model {}/mine.py:pair --train w", "FILE.py:NAME, gives (loss_fn, params, batch): not"),
     ("--model {}/mine.py:vector --train w", "scalar-output functions"),
 ])  # fmt: skip
 def test_bench_refuses(options, words, models, tmp_path, capsys):
@@ -2154,6 +2171,7 @@ def test_bench_refuses(options, words, models, tmp_path, capsys):
 
 
 def test_bench_refuses_what_is_set_or_missing_outside(monkeypatch, tmp_path, capsys):
+    assert bench.parse(["--json", "x"]).json.is_absolute()  # should a model change the folder
     with jax.disable_jit():
         assert "JAX_DISABLE_JIT is set" in bench_here(capsys)[2]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -256,14 +256,15 @@ def add_tables(bench: Any) -> None:
 
     def run_table(options: Any, problems: Any) -> Any:
         for group in ours(options, problems):
-            yield [*group, *haiku_runs(bench, problems[0], group[0].make.args[2])]
+            _, _, batches, _ = group[0].make.args  # of prepare_run
+            yield [*group, *haiku_runs(bench, problems[0], batches)]
 
     def peers_table(options: Any, problems: Any) -> Any:
         """the same step in other libraries, in the forms that they recommend"""
         for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
             yield rows(bench, problem)
 
-    run_table.__doc__ = f"{ours.__doc__}, and in Haiku"
+    run_table.__doc__ = f"{ours.__doc__}; and Haiku's"
     bench.TABLES |= {"run": run_table, "peers": peers_table}
     bench.TABLES["devices"] = bench.TABLES.pop("devices")  # the last: it changes what there is
     bench.UNUSED["peers"] = f"optimizer model {bench.DEVICES}"
