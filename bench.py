@@ -51,6 +51,7 @@ untyped: Any = jax  # for what jax leaves without types
 SGD_RATE, ADAM_RATE, CLIP = 0.1, 1e-3, 0.1  # CLIP: a norm that the problems' gradients exceed
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
 VECTOR, SIDE = 2**24, {"cpu": 1024}  # more floats than a cache holds; a product's side, else 8192
+PROBES: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]  # compiled once
 
 
 # --------------------------------------------------------------------------- the problems
@@ -347,9 +348,8 @@ def probes(dtype: str) -> list[Row]:
     """What the device can do at most: a product, a sum; a batch is their FLOPs, their bytes."""
     n = SIDE.get(jax.default_backend(), 8192)
     starts = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
-    steps: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]
     rows = [Row(batch=2 * n**3), Row(batch=3 * starts[1].nbytes)]
-    for row, step, start in zip(rows, steps, starts):
+    for row, step, start in zip(rows, PROBES, starts):
         row.run = partial(take_steps, jax.jit(step, donate_argnums=0), partial(repeat, (start,)))
         row.fresh = partial(jnp.copy, start)
     return rows
