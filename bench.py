@@ -462,8 +462,8 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[
 
 def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: Row) -> None:
     """Makes a step that is called for each batch or, a scan, with them all."""
-    jitted, loop = jax.jit(step, donate_argnums=0), [(frozen, *batch) for batch in zip(*batches)]
-    scan = row.method.endswith("scan")
+    jitted, scan = jax.jit(step, donate_argnums=0), row.method.endswith("scan")
+    loop = [] if scan else [(frozen, *batch) for batch in zip(*batches)]
 
     def feed(steps: int) -> Any:
         return [(frozen, *(column[:steps] for column in batches))] if scan else loop[:steps]
