@@ -1256,6 +1256,8 @@ def sgd_step(params: T, grads: T, lr: Any = 0.1) -> T:
     {'b': Hole(), 'w': Array(0.75, dtype=float32)}
     """
     _require_floating(params)
+    if not _same_structure(params, grads):
+        raise ValueError(_structure_error({"params": params, "grads": grads}))
 
     def update(path: KeyPath, p: Any, g: Any) -> Array:
         new = p - g * lr
@@ -1434,7 +1436,8 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and last layer of an MLP to learn the identity."""
     parser = argparse.ArgumentParser(
-        description="Train the first and last layer of an MLP, the middle one frozen."
+        description="Train the first and last layer of an MLP, the middle one frozen.",
+        usage=argparse.SUPPRESS,
     )
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
