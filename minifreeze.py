@@ -664,8 +664,8 @@ def hoist(
     ``x @ body`` is early and costly, so ``rest`` must not compute it. Its ``tanh`` is
     early and cheap. The product with ``head`` is late, and reads the ``tanh``. The
     ``tanh`` and ``x @ body`` have the same size, so the later one, the ``tanh``, is
-    stored. If ``x`` were cast to a larger dtype after the ``tanh``, the ``tanh`` would
-    be stored, and the cast repeated in every step.
+    stored. If it were then cast to a larger dtype, ``hoist`` would still store the
+    ``tanh``, and ``rest`` would repeat the cast in every step.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly, and ``rest`` never repeats
