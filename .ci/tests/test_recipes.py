@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""Runs every recipe of .github/recipes.md as a reader would: pasted alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import jax
+import pytest
+
+TOP = Path(__file__).resolve().parents[2]
+RECIPES = TOP / ".github" / "recipes.md"
+MAX_LINES = 40
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One heading of recipes.md and what stands below it."""
+
+    heading: str
+    blocks: tuple[str, ...]  # of Python
+    outputs: tuple[str, ...]  # what the recipe says that it prints
+
+    @property
+    def code(self) -> str:
+        (block,) = self.blocks
+        return block
+
+    @property
+    def expected(self) -> str:
+        return "".join(self.outputs)
+
+
+def read_recipes(text: str) -> list[Recipe]:
+    """Cuts the document at its third-level headings, and finds their blocks."""
+    recipes = []
+    for section in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
+        if not section.startswith("### "):
+            continue
+        heading = section.splitlines()[0].removeprefix("### ")
+        recipes.append(
+            Recipe(
+                heading,
+                blocks=tuple(find_blocks(section, "python")),
+                outputs=tuple(find_blocks(section, "text")),
+            )
+        )
+    return recipes
+
+
+def find_blocks(section: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
+ALL_RECIPES = read_recipes(RECIPES.read_text())
+
+
+def by_heading(recipe: Recipe) -> str:
+    return recipe.heading
+
+
+each_recipe = pytest.mark.parametrize("recipe", ALL_RECIPES, ids=by_heading)
+
+
+@each_recipe
+def test_a_recipe_is_a_question_with_one_short_block(recipe: Recipe) -> None:
+    assert recipe.heading.endswith("?")
+    assert len(recipe.blocks) == 1
+    assert len(recipe.outputs) <= 1
+
+    lines = [line for line in recipe.code.splitlines() if line.strip()]
+    assert len(lines) <= MAX_LINES
+    assert max(len(line) for line in lines) <= 88
+
+
+@each_recipe
+def test_a_recipe_prints_what_it_says(recipe: Recipe) -> None:
+    code = compile(recipe.code, recipe.heading, "exec")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+
+    assert printed.getvalue() == recipe.expected
+    assert closed_over_arrays(namespace) == []
+
+
+def closed_over_arrays(namespace: dict[str, Any]) -> list[str]:
+    """Lists the arrays that a jitted function reads without being passed them.
+
+    Such an array becomes a constant of the compiled program: compilation is slow, and
+    a new value of the name is ignored.
+    """
+    found = []
+    for name, value in namespace.items():
+        is_jitted = hasattr(value, "lower") and hasattr(value, "__wrapped__")
+        if is_jitted:
+            for array in global_arrays(value.__wrapped__, namespace):
+                found.append(f"{name} reads {array}")
+    return found
+
+
+def global_arrays(function: Any, namespace: dict[str, Any]) -> list[str]:
+    """Lists the global arrays that a function reads, itself or by functions it calls."""
+    if not isinstance(function, FunctionType):
+        return []
+
+    arrays = []
+    for name in sorted(names_in(function.__code__)):
+        value = namespace.get(name)
+        is_own_function = isinstance(value, FunctionType)
+        if is_own_function and value.__globals__ is namespace and value is not function:
+            arrays.extend(global_arrays(value, namespace))
+        elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+            arrays.append(name)
+    return arrays
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Returns the names that a function reads, those of inner functions included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_in(constant)
+    return names
+
+
+def test_closed_over_arrays_are_found() -> None:
+    source = """
+import jax
+import jax.numpy as jnp
+
+frozen = {"w": jnp.ones(3)}
+
+def loss(w, x):
+    return (w * frozen["w"] * x).sum()
+
+@jax.jit
+def step(w, x):
+    return w - jax.grad(lambda w: loss(w, x))(w)
+
+@jax.jit
+def good_step(w, frozen, x):
+    return w * frozen["w"] * x
+"""
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+
+    assert closed_over_arrays(namespace) == ["step reads frozen"]
+
+
+sharded_recipes = [recipe for recipe in ALL_RECIPES if "sharding" in recipe.code]
+
+
+@pytest.mark.parametrize("recipe", sharded_recipes, ids=by_heading)
+def test_a_recipe_for_many_devices_runs_on_four(recipe: Recipe) -> None:
+    four_devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    result = subprocess.run(
+        [sys.executable, "-c", recipe.code],
+        env={**os.environ, "PYTHONPATH": str(TOP), **four_devices},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == recipe.expected
+
+
+def test_recipes_for_many_devices_exist() -> None:
+    assert len(sharded_recipes) >= 2
+
+
+# The index
+
+
+def test_the_index_links_every_recipe_once_and_in_order() -> None:
+    links = re.findall(r"^\| \[(.+?)\]\(#(.+?)\)", RECIPES.read_text(), re.MULTILINE)
+
+    expected = [(recipe.heading, anchor(recipe.heading)) for recipe in ALL_RECIPES]
+    assert links == expected
+
+
+def anchor(heading: str) -> str:
+    """Returns the fragment that GitHub makes of a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.lower())
+    return kept.replace(" ", "-")
