@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import io
 import os
 import re
@@ -110,27 +111,30 @@ def closed_over_arrays(namespace: dict[str, Any]) -> list[str]:
 
 
 def global_arrays(function: Any, namespace: dict[str, Any]) -> list[str]:
-    """Lists the global arrays that a function reads, itself or by functions it calls."""
+    """Lists the global arrays that a function and the functions it calls read."""
     if not isinstance(function, FunctionType):
         return []
 
     arrays = []
-    for name in sorted(names_in(function.__code__)):
+    for name in sorted(globals_read(function.__code__)):
         value = namespace.get(name)
-        is_own_function = isinstance(value, FunctionType)
-        if is_own_function and value.__globals__ is namespace and value is not function:
-            arrays.extend(global_arrays(value, namespace))
+        if isinstance(value, FunctionType):
+            if value.__globals__ is namespace and value is not function:
+                arrays.extend(global_arrays(value, namespace))
         elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
             arrays.append(name)
     return arrays
 
 
-def names_in(code: CodeType) -> set[str]:
-    """Returns the names that a function reads, those of inner functions included."""
-    names = set(code.co_names)
+def globals_read(code: CodeType) -> set[str]:
+    """Returns the global names that a function reads, also in its inner functions."""
+    names = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            names.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= names_in(constant)
+            names |= globals_read(constant)
     return names
 
 
