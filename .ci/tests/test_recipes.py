@@ -85,7 +85,7 @@ def test_a_recipe_is_a_question_with_one_short_block(recipe: Recipe) -> None:
 
 @each_recipe
 def test_a_recipe_prints_what_it_says(recipe: Recipe) -> None:
-    code = compile(recipe.code, recipe.heading, "exec")
+    code = compile(recipe.code, recipe.heading, "exec", dont_inherit=True)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
