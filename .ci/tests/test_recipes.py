@@ -21,45 +21,45 @@ import pytest
 TOP = Path(__file__).resolve().parents[2]
 RECIPES = TOP / ".github" / "recipes.md"
 MAX_LINES = 40
+MAX_COLUMNS = 88
+
+
+# A block of Python, and a block of text right below it.
+PROGRAM = re.compile(
+    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One heading of recipes.md and what stands below it."""
+    """A question of recipes.md and its answer."""
 
     heading: str
-    blocks: tuple[str, ...]  # of Python
-    outputs: tuple[str, ...]  # what the recipe says that it prints
-
-    @property
-    def code(self) -> str:
-        (block,) = self.blocks
-        return block
-
-    @property
-    def expected(self) -> str:
-        return "".join(self.outputs)
+    introduction: str  # the sentences above the program
+    code: str  # empty if there is no program
+    output: str  # what the program prints, according to the document
+    num_programs: int
 
 
 def read_recipes(text: str) -> list[Recipe]:
-    """Cuts the document at its third-level headings, and finds their blocks."""
+    """Cuts the document at its headings of the third level."""
     recipes = []
     for section in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
         if not section.startswith("### "):
             continue
-        heading = section.splitlines()[0].removeprefix("### ")
+        heading, _, body = section.partition("\n")
+        introduction, *rest = PROGRAM.split(body)
+        code, output = rest[:2] if rest else ("", "")
         recipes.append(
             Recipe(
-                heading,
-                blocks=tuple(find_blocks(section, "python")),
-                outputs=tuple(find_blocks(section, "text")),
+                heading=heading.removeprefix("### "),
+                introduction=introduction.strip(),
+                code=code,
+                output=output or "",
+                num_programs=len(PROGRAM.findall(body)),
             )
         )
     return recipes
-
-
-def find_blocks(section: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 
 ALL_RECIPES = read_recipes(RECIPES.read_text())
@@ -73,14 +73,16 @@ each_recipe = pytest.mark.parametrize("recipe", ALL_RECIPES, ids=by_heading)
 
 
 @each_recipe
-def test_a_recipe_is_a_question_with_one_short_block(recipe: Recipe) -> None:
+def test_a_recipe_is_a_question_sentences_and_one_short_program(
+    recipe: Recipe,
+) -> None:
     assert recipe.heading.endswith("?")
-    assert len(recipe.blocks) == 1
-    assert len(recipe.outputs) <= 1
+    assert recipe.introduction.endswith(".")
+    assert recipe.num_programs == 1
 
     lines = [line for line in recipe.code.splitlines() if line.strip()]
     assert len(lines) <= MAX_LINES
-    assert max(len(line) for line in lines) <= 88
+    assert max(len(line) for line in lines) <= MAX_COLUMNS
 
 
 @each_recipe
@@ -91,7 +93,7 @@ def test_a_recipe_prints_what_it_says(recipe: Recipe) -> None:
     with contextlib.redirect_stdout(printed):
         exec(code, namespace)
 
-    assert printed.getvalue() == recipe.expected
+    assert printed.getvalue() == recipe.output
     assert closed_over_arrays(namespace) == []
 
 
@@ -177,7 +179,7 @@ def test_a_recipe_for_many_devices_runs_on_four(recipe: Recipe) -> None:
     )
 
     assert result.returncode == 0, result.stderr
-    assert result.stdout == recipe.expected
+    assert result.stdout == recipe.output
 
 
 def test_recipes_for_many_devices_exist() -> None:
