@@ -6,22 +6,24 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees, differentiate a loss with respect to the first
-one, and merge the trees wherever you need the whole model:
+Split the parameters into two trees. Your loss merges them, and JAX differentiates it
+with respect to its first argument only:
+
+    def loss_fn(trainable, frozen, x, y):
+        params = merge(trainable, frozen)
+        ...
 
     trainable, frozen = partition("head", params)
-    loss, grads = jax.value_and_grad(my_loss)(trainable, frozen, x, y)
-    params = merge(trainable, frozen)  # in my_loss, and after training
+    loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
 
-If batches repeat, compute the frozen part of the model once per batch:
+If you use the same batches in every epoch, run the frozen layers only once per batch:
 
-    once, rest = hoist(my_loss, trainable, frozen, x, y)
+    once, rest = hoist(loss_fn, trainable, frozen, x, y)
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions work on any pytree, keep no state, and donate nothing. The upper half of
-this file is the tool. The lower half, below the banner, is a worked example that you
-can delete.
+The functions accept any pytree, are stateless, and never donate buffers. Everything
+below the banner "the walk-through" is an example, which you can delete.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +46,10 @@ from jax.tree_util import all_leaves, keystr, register_dataclass, tree_flatten_w
 __all__ = ["Hole", "partition", "mask", "merge", "summary", "warm_start", "hoist"]
 __version__ = "0.3.0"
 
-Fn: TypeAlias = Callable[..., Any]
 T = TypeVar("T")
 PyTree: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
+Function: TypeAlias = Callable[..., Any]
 Predicate: TypeAlias = Callable[[KeyPath, Any], bool]
 Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 
@@ -58,21 +60,25 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Marks the place of a leaf that is in another part.
+    """A placeholder for a leaf that another part holds.
 
-    A hole is a pytree node without children. Gradients, optimizer states and ``jit``
-    therefore pass over it.
+    A hole is a pytree node without children, so ``grad``, ``jit`` and optimizers skip
+    it.
     """
 
 
 def _is_hole(node: Any) -> bool:
-    """Returns whether a node is a hole; refuses a hole of another copy of this file."""
+    """Returns whether a node is a hole.
+
+    Raises ValueError for a hole from another copy of this module, which would otherwise
+    look like an empty container.
+    """
     if isinstance(node, Hole):
         return True
     if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):
         raise ValueError(
-            "the tree holds a Hole of another copy of minifreeze (imported twice, or "
-            f"reloaded, as {type(node).__module__}): split and merge with the same copy"
+            f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
+            "the module was imported twice or reloaded. Use one copy to split and merge"
         )
     return False
 
@@ -87,8 +93,8 @@ def _names(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[s
     return [_name(path) for path, _ in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
 
 
-def _listing(items: Iterable[str]) -> str:
-    """Joins at most ten items for a message, and counts them if there are more."""
+def _first_ten(items: Iterable[str]) -> str:
+    """Joins up to ten items for an error message."""
     items = list(items)
     if len(items) > 10:
         return f"{', '.join(items[:10])}, ... ({len(items)} in all)"
@@ -111,21 +117,24 @@ class _Spec:
 def _spec(leaf: Any) -> _Spec:
     """Describes an array, an abstract array, a Python number, or any other leaf."""
     if type(leaf) in (bool, int, float, complex):
-        leaf = np.empty((), jnp.result_type(leaf))
-    # A class such as np.float32 has the attributes, too, but is not an array.
+        leaf = np.zeros((), jnp.result_type(leaf))
+    # Classes such as np.float32 have these attributes too, but are not arrays.
     is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     if isinstance(leaf, type) or not is_array:
         return _Spec("-", type(leaf).__name__, 0, 0)
-    shape = tuple(int(size) for size in leaf.shape)
+    shape = tuple(int(size) for size in leaf.shape)  # some libraries use NumPy integers
     count = math.prod(shape)
     return _Spec(str(shape), str(leaf.dtype), count, count * leaf.dtype.itemsize)
+
+
+# -------------------------------------------------------------------- select and split
 
 
 def partition(where: Where, tree: T) -> tuple[T, T]:
     """Splits a tree into the leaves that ``where`` selects and all other leaves.
 
-    Both results have the structure of ``tree``, with a ``Hole`` in place of every leaf
-    that is in the other one. The leaves are shared, not copied.
+    Both results have the structure of ``tree``, with a ``Hole`` wherever the other tree
+    holds the leaf. The leaves are shared, not copied.
 
     Args:
       where: Selects leaves. One of:
@@ -135,11 +144,10 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
           lists all names. A pattern selects a leaf if it matches the whole name, or
           the whole name of a container above the leaf: ``"head"`` selects ``head/w``
           but not ``head2/w``. As in ``fnmatch``, ``*`` also matches ``/``.
-        * A list or tuple of patterns. The last pattern that matches a leaf decides. A
-          pattern that starts with ``!`` excludes. If the first pattern does so, the
-          list starts from all leaves.
+        * A list or tuple of patterns. The last match wins. A leading ``!`` excludes; if
+          the first pattern has one, every leaf starts out selected.
         * A predicate ``(path, leaf) -> bool``, where ``path`` is JAX's key path.
-        * A tree of bools with the structure of ``tree``, such as ``mask`` returns.
+        * A tree of bools with the structure of ``tree``, as returned by ``mask``.
       tree: Any pytree.
 
     Returns:
@@ -147,15 +155,15 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
 
     Raises:
       ValueError: If a pattern matches no leaf, if ``where`` selects no leaf, or if a
-        tree of bools has another structure than ``tree``.
-      TypeError: If ``where`` is of another type, or if a predicate does not return a
+        tree of bools differs in structure from ``tree``.
+      TypeError: If ``where`` is none of the above, or if a predicate does not return a
         bool.
 
     >>> partition("a/*", {"a": {"w": 1, "b": 2}, "c": 3})
     ({'a': {'b': 2, 'w': 1}, 'c': Hole()}, {'a': {'b': Hole(), 'w': Hole()}, 'c': 3})
     """
     leaves, treedef = jax.tree.flatten(tree)
-    selection = _select_some(where, tree)
+    selection = _select_at_least_one(where, tree)
     hole = Hole()
     selected = [leaf if chosen else hole for chosen, leaf in zip(selection, leaves)]
     others = [hole if chosen else leaf for chosen, leaf in zip(selection, leaves)]
@@ -171,22 +179,28 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     >>> mask("*/b", {"a": {"w": 1, "b": 2}, "c": 3})
     {'a': {'b': True, 'w': False}, 'c': False}
     """
-    return jax.tree.unflatten(jax.tree.structure(tree), _select_some(where, tree))
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), _select_at_least_one(where, tree)
+    )
 
 
-def _select_some(where: Where, tree: PyTree) -> list[bool]:
-    """Returns what ``_select`` returns, and refuses to select nothing."""
-    selection = _select(where, tree)
+def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
+    """Like ``_select``, but raises ValueError if no leaf is selected."""
     if isinstance(where, (list, tuple)) and not where:
-        raise ValueError("where is an empty list of patterns, which selects nothing")
+        raise ValueError("`where` is an empty list of patterns, which selects no leaf")
+    selection = _select(where, tree)
+    # A tree without leaves has nothing to select.
     if selection and not any(selection):
         names = [repr(name) for name in _names(tree)]
-        raise ValueError(f"where selects none of the leaves {_listing(names)}")
+        raise ValueError(f"`where` selects none of the leaves {_first_ten(names)}")
     return selection
 
 
 def _select(where: Where, tree: PyTree) -> list[bool]:
-    """Returns, for each leaf in tree order, whether ``where`` selects it."""
+    """Returns, for each leaf in tree order, whether ``where`` selects it.
+
+    It may select nothing, because ``warm_start`` allows that.
+    """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
     if isinstance(where, (list, tuple)):
@@ -194,8 +208,9 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
             return [False] * len(jax.tree.leaves(tree))
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
-    # A model can be callable, too, but it is a container. A predicate is a leaf.
-    if callable(where) and all_leaves([where]):
+    # A callable container, such as an Equinox model, is not a predicate.
+    is_leaf = all_leaves([where])
+    if is_leaf and callable(where):
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -203,7 +218,7 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
 def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"a pattern must be a string, but one is {pattern!r}")
+            raise TypeError(f"patterns must be strings, got {pattern!r}")
     names = _names(tree)
     selection = [patterns[0].startswith("!")] * len(names)
     for pattern in patterns:
@@ -220,30 +235,34 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 
 def _matches(glob: str, name: str) -> bool:
     """Returns whether a glob matches a name, or the name of a container above it."""
-    # Because * also matches /, "glob/*" matches "name/" in exactly these two cases.
-    return glob != "" and fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
+    if not glob:
+        return False  # "/*" would match every name that begins with "/"
+    # The glob "head" becomes "head/*". It matches "head/", and it matches "head/w/"
+    # because * also matches "/". It does not match "head2/w/".
+    return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
 def _no_match_error(pattern: str, glob: str, tree: PyTree) -> str:
-    """Describes a pattern without matches."""
+    """Explains why a pattern matches no leaf."""
     names = _names(tree)
     for name, leaf in zip(names, jax.tree.leaves(tree)):
         if glob.startswith(f"{name}/"):
             return (
                 f"pattern {pattern!r} matches no leaf: {name!r} is a single leaf "
-                f"({_spec(leaf)}), which a pattern cannot split"
+                f"({_spec(leaf)}), and a pattern cannot select a part of it"
             )
+    if not names:
+        return f"pattern {pattern!r} matches no leaf: the tree has no leaves"
     nearest = difflib.get_close_matches(glob, names, n=10, cutoff=0)
     return (
         f"pattern {pattern!r} matches none of the {len(names)} leaves; "
-        f"the nearest names are {_listing(map(repr, nearest))}"
+        f"the nearest names are {_first_ten(map(repr, nearest))}"
     )
 
 
 def _select_by_predicate(predicate: Predicate, tree: PyTree) -> list[bool]:
-    entries = tree_flatten_with_path(tree)[0]
     selection = []
-    for path, leaf in entries:
+    for path, leaf in tree_flatten_with_path(tree)[0]:
         answer = predicate(path, leaf)
         if not isinstance(answer, (bool, np.bool_)):
             raise TypeError(
@@ -256,38 +275,49 @@ def _select_by_predicate(predicate: Predicate, tree: PyTree) -> list[bool]:
 
 def _select_by_bools(bools: PyTree, tree: PyTree) -> list[bool]:
     expected = (
-        "where must be a pattern, a list of patterns, a predicate or a tree of bools"
+        "`where` must be a pattern, a list of patterns, a predicate or a tree of bools"
     )
     if bools is None:
-        raise TypeError(f"{expected}, not None")
+        raise TypeError(f"{expected}, got None")
     entries = tree_flatten_with_path(bools)[0]
     for path, leaf in entries:
         if not isinstance(leaf, (bool, np.bool_)):
             place = f" at {_name(path)!r}" if path else ""
-            raise TypeError(f"{expected}, but is {type(leaf).__name__}{place}")
-    treedef: Any = jax.tree.structure(bools)
-    if treedef != jax.tree.structure(tree):
+            raise TypeError(f"{expected}, got {type(leaf).__name__}{place}")
+    if not _same_structure(bools, tree):
         raise ValueError(_structure_error({"where": bools, "the tree": tree}))
     return [bool(leaf) for _, leaf in entries]
+
+
+def _same_structure(tree: PyTree, other: PyTree) -> bool:
+    treedef: Any = jax.tree.structure(tree)
+    return bool(treedef == jax.tree.structure(other))
 
 
 def _structure_error(
     trees: Mapping[str, PyTree], is_leaf: Callable[[Any], bool] | None = None
 ) -> str:
-    """Describes how the structures of labelled trees differ."""
+    """Explains how the structures of labelled trees differ."""
     names = {label: set(_names(tree, is_leaf)) for label, tree in trees.items()}
+    all_names = set().union(*names.values())
     problems = []
-    for name in sorted(set().union(*names.values())):
+    for name in sorted(all_names):
         for label in trees:
             if name not in names[label]:
                 problems.append(f"{name!r} is missing from {label}")
-    if not problems:  # The same names in other containers: show where these differ.
+    if not problems:
+        # The names agree, so the containers differ. Show each from just before the
+        # first difference.
         texts = [str(jax.tree.structure(tree, is_leaf)) for tree in trees.values()]
-        differs = [len(set(characters)) > 1 for characters in zip(*texts)]
-        start = max(0, differs.index(True) - 20) if any(differs) else 0
+        start = 0
+        for characters in zip(*texts):
+            if len(set(characters)) > 1:
+                break
+            start += 1
+        start = max(0, start - 20)
         for label, text in zip(trees, texts):
             problems.append(f"{label} is ..{text[start : start + 80]}..")
-    return f"the structures differ: {_listing(problems)}"
+    return f"the structures differ: {_first_ten(problems)}"
 
 
 # --------------------------------------------------------------------- merge and report
@@ -297,17 +327,17 @@ def merge(*parts: T, partial: bool = False) -> T:
     """Merges parts of one tree. This is the inverse of ``partition``.
 
     Args:
-      *parts: Trees of one structure, in any order and of any number. Every leaf must be
-        in exactly one of them, with a ``Hole`` in its place in the others.
-      partial: If True, a place that is a hole in every part stays a hole. Use it to
-        merge some of the parts of a tree that was split more than once.
+      *parts: One or more trees of the same structure, in any order. Each leaf must be
+        in exactly one of them, and the others must have a ``Hole`` in its place.
+      partial: If True, a position that is a hole in every part stays a hole. Use this
+        to merge some, but not all, of a tree's parts.
 
     Returns:
       The merged tree. The leaves are shared, not copied.
 
     Raises:
-      ValueError: If a leaf is in several parts, if it is in none and ``partial`` is
-        False, or if the parts differ in structure. The message lists the names.
+      ValueError: If several parts hold a leaf, if no part holds it and ``partial`` is
+        False, or if the parts differ in structure. The message names the leaves.
       TypeError: If there are no parts.
 
     >>> merge({"a": Hole(), "b": 2}, {"a": 1, "b": Hole()})
@@ -319,19 +349,22 @@ def merge(*parts: T, partial: bool = False) -> T:
     rows, treedef = _align(labelled)
     merged = []
     for nodes in rows:
-        leaves = [node for node in nodes if not isinstance(node, Hole)]
+        leaves = [node for node in nodes if not _is_hole(node)]
         if len(leaves) > 1 or (not leaves and not partial):
-            raise ValueError(_merge_error(labelled, partial))
+            raise ValueError(_merge_error(labelled, rows, partial))
         merged.append(leaves[0] if leaves else Hole())
-    result: T = jax.tree.unflatten(treedef, merged)
-    return result
+    return cast(T, jax.tree.unflatten(treedef, merged))
 
 
 def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Lines up parts of one tree.
+    """Aligns the parts of a tree, position by position.
 
     Returns:
-      For each place in the tree, the leaf or hole of every part; and the structure.
+      A list of rows, and the structure of the tree. Each row holds, for one position,
+      the leaf or hole of every part.
+
+    Raises:
+      ValueError: If the parts differ in structure.
     """
     columns = []
     treedefs: list[Any] = []
@@ -344,25 +377,31 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
     return list(zip(*columns)), treedefs[0]
 
 
-def _merge_error(parts: Mapping[str, PyTree], partial: bool) -> str:
-    """Describes the lost and overlapping leaves of parts of one tree."""
-    rows, _ = _align(parts)
+def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
+    """Returns the name of each row of ``_align``."""
     first_part = next(iter(parts.values()))
+    return _names(first_part, is_leaf=_is_hole)
+
+
+def _merge_error(
+    parts: Mapping[str, PyTree], rows: list[tuple[Any, ...]], partial: bool
+) -> str:
+    """Lists the leaves that no part holds, and those that several parts hold."""
     lost, overlaps = [], []
-    for name, nodes in zip(_names(first_part, is_leaf=_is_hole), rows):
+    for name, nodes in zip(_names_with_holes(parts), rows):
         holders = [label for label, node in zip(parts, nodes) if not _is_hole(node)]
         if not holders:
             lost.append(repr(name))
         elif len(holders) > 1:
-            overlaps.append(f"{name!r} is in {_listing(holders)}")
+            overlaps.append(f"{name!r} is in {_first_ten(holders)}")
     problems = []
     if lost and not partial:
         problems.append(
-            "pass the part that holds the lost leaves, or partial=True to leave holes: "
-            f"{_listing(parts)} have a hole at {_listing(lost)}"
+            "pass the part that holds the missing leaves, or partial=True to leave "
+            f"holes: none of the {len(parts)} parts holds {_first_ten(lost)}"
         )
     if overlaps:
-        problems.append(f"leaves overlap: {_listing(overlaps)}")
+        problems.append(f"several parts hold the same leaf: {_first_ten(overlaps)}")
     return "; ".join(problems)
 
 
@@ -374,12 +413,12 @@ def summary(**parts: PyTree) -> str:
         The keywords are the names of the parts in the table.
 
     Returns:
-      A text with a row for each leaf, in tree order, and a row for each part. ``count``
-      is the number of elements, and ``share`` is the share of all elements. A leaf that
-      is not an array counts as 0 elements. Abstract arrays count as arrays.
+      A string with one row per leaf, in tree order, and one row per part. ``count`` is
+      the number of elements, and ``share`` is the share of all elements. Abstract
+      arrays count like arrays. A leaf that is not an array counts as 0 elements.
 
     Raises:
-      ValueError: If a leaf is in several parts, if the parts differ in structure, or if
+      ValueError: If several parts hold a leaf, if the parts differ in structure, or if
         a part is called ``total``.
       TypeError: If there are no parts.
 
@@ -397,28 +436,27 @@ def summary(**parts: PyTree) -> str:
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
     if "total" in parts:
-        raise ValueError("a part cannot be called total: the last row has that name")
+        raise ValueError("a part cannot be called 'total', which labels the last row")
     rows, _ = _align(parts)
-    first_part = next(iter(parts.values()))
     leaf_rows: list[Sequence[Any]] = [("path", "shape", "dtype", "count", "part")]
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
-    for name, nodes in zip(_names(first_part, is_leaf=_is_hole), rows):
-        if sum(not _is_hole(node) for node in nodes) > 1:
-            raise ValueError(_merge_error(parts, partial=True))
-        for part, node in zip(parts, nodes):
-            if not _is_hole(node):
-                spec = _spec(node)
-                leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
-                counts[part] += spec.count
-                sizes[part] += spec.bytes
+    for name, nodes in zip(_names_with_holes(parts), rows):
+        held = [(part, node) for part, node in zip(parts, nodes) if not _is_hole(node)]
+        if len(held) > 1:
+            raise ValueError(_merge_error(parts, rows, partial=True))
+        for part, leaf in held:
+            spec = _spec(leaf)
+            leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
+            counts[part] += spec.count
+            sizes[part] += spec.bytes
 
-    total = sum(counts.values())
+    counts["total"] = sum(counts.values())
+    sizes["total"] = sum(sizes.values())
     part_rows: list[Sequence[Any]] = [("part", "count", "bytes", "share")]
     for part, count in counts.items():
-        part_rows.append((part, count, sizes[part], f"{count / max(total, 1):.1%}"))
-    whole = total / max(total, 1)
-    part_rows.append(("total", total, sum(sizes.values()), f"{whole:.1%}"))
+        share = count / max(counts["total"], 1)
+        part_rows.append((part, count, sizes[part], f"{share:.1%}"))
     return f"{_table(leaf_rows)}\n\n{_table(part_rows)}"
 
 
@@ -432,41 +470,47 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------- warm start
+
+
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Fills a tree with the leaves of another one, and accounts for every leaf.
+    """Returns ``new`` with the values of ``old``, and raises if a leaf is unmatched.
 
-    Use it to load a checkpoint, and to change the frozen set: with
-    ``warm_start(optimizer.init(trainable), old_state)``, leaves that stay trainable
-    keep their moments.
+    Use it to load a checkpoint, and to change the frozen set during training:
+    ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
+    that stay trainable.
 
-    Leaves are matched by name, such as ``linear_0/w``. The containers may therefore
-    differ: nested or flat dicts, lists or dicts with the keys ``"0"``, ``"1"``, ...
+    Leaves are matched by name, such as ``linear_0/w``. The containers may differ: a
+    checkpoint can be a flat dict with the key ``"linear_0/w"``, or have a dict with the
+    keys ``"0"``, ``"1"``, ... in place of a list.
 
-    * A leaf that ``fresh`` selects keeps its value from ``new``.
-    * Every other leaf of ``new`` takes the leaf of the same name in ``old``. If
-      ``old`` has a ``Hole`` there (the leaf was frozen), it keeps its value.
-    * A leaf of ``old`` that fills nothing must be at a ``Hole`` of ``new`` (the leaf
-      is now frozen), or be selected by ``fresh`` or ``unused``.
+    * A leaf of ``new`` that ``fresh`` selects keeps its value.
+    * Every other leaf of ``new`` takes the value of the leaf of the same name in
+      ``old``. If ``old`` has a ``Hole`` there, because the leaf was frozen, the leaf
+      keeps its value from ``new``.
+    * Every leaf of ``old`` must have a counterpart of the same name in ``new``, unless
+      ``unused`` selects it. If the leaf is now frozen, the counterpart is a ``Hole``.
+
+    Adam's step count is a leaf like any other. If ``old`` provides it, leaves that were
+    frozen until now get almost no bias correction: at step 5,000, their first update is
+    about (1 - b1) / sqrt(1 - b2) = 0.1 / sqrt(0.001) = 3.2 learning rates. To restart
+    the count, select it with ``fresh``. Its name is ``0/count`` in ``optax.adam``.
 
     Args:
       new: The tree to fill.
-      old: The tree to take leaves from.
-      fresh: Selects leaves of ``new``, like ``where`` in ``partition``. It may also
-        select nothing: ``()``.
+      old: The tree to take values from.
+      fresh: Selects leaves of ``new``, like the ``where`` of ``partition``. Unlike
+        ``where``, it may select nothing (the default).
       unused: Selects leaves of ``old`` in the same way.
 
     Returns:
       A tree with the structure of ``new``.
 
     Raises:
-      ValueError: If a leaf of ``new`` has no value in ``old``, if a leaf of ``old``
-        has no place in ``new``, if shapes or dtypes differ, if a name occurs twice in
-        one tree, or if a pattern matches no leaf.
+      ValueError: If a leaf of ``new`` has no value in ``old``, if a leaf of ``old`` has
+        no place in ``new``, if shapes or dtypes differ, if a name occurs twice in one
+        tree, or if a pattern matches no leaf.
       TypeError: If ``fresh`` or ``unused`` is not a valid ``where``.
-
-    Note: Adam's step count is taken from ``old`` like any other leaf, so new leaves get
-    no bias correction. After 5,000 steps, their first update is 0.1 / sqrt(0.001) = 3.2
-    learning rates. ``fresh="0/count"`` restarts the count.
 
     >>> warm_start({"a": 0, "b": 0, "c": Hole()}, {"a": 7, "b": Hole(), "c": 8})
     {'a': 7, 'b': 0, 'c': Hole()}
@@ -478,46 +522,60 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     fresh_names = _selected_names(fresh, new)
     unused_names = _selected_names(unused, old)
 
-    leaves, without_value, without_place, unlike = [], [], [], []
+    leaves, without_value, mismatches = [], [], []
     for name, node in new_nodes.items():
         if _is_hole(node):
             continue
-        if name not in fresh_names and name not in old_nodes:
+        if name in fresh_names:
+            leaves.append(node)
+        elif name not in old_nodes:
             without_value.append(name)
-        elif name in fresh_names or _is_hole(old_nodes[name]):
+        elif _is_hole(old_nodes[name]):
             leaves.append(node)
         else:
             leaves.append(old_nodes[name])
             wanted, found = _spec(node), _spec(old_nodes[name])
-            if str(wanted) != str(found):
-                unlike.append(f"{name!r} is {wanted} in new and {found} in old")
+            if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
+                mismatches.append(f"{name!r} is {wanted} in new and {found} in old")
+
+    without_place = []
     for name, node in old_nodes.items():
-        expected = name in new_nodes or name in unused_names
-        if not _is_hole(node) and not expected:
+        # Names that occur in new are accounted for: copied, fresh, or a hole.
+        if not _is_hole(node) and name not in new_nodes and name not in unused_names:
             without_place.append(name)
 
+    if without_value or without_place or mismatches:
+        raise ValueError(
+            _warm_start_error(without_value, without_place, mismatches, old)
+        )
+    return cast(T, jax.tree.unflatten(jax.tree.structure(new), leaves))
+
+
+def _warm_start_error(
+    without_value: list[str],
+    without_place: list[str],
+    mismatches: list[str],
+    old: PyTree,
+) -> str:
     problems = []
     if without_value:
         problems.append(
-            f"old has no value for {_listing(map(repr, without_value))} "
-            "(fresh selects leaves that keep their value from new)"
+            f"old has no value for {_first_ten(map(repr, without_value))} "
+            "(to keep a value from new, select it with fresh)"
         )
         if not _names_of_none(old).isdisjoint(without_value):
             problems.append(
-                "old has None in some of these places, as a checkpoint has for holes "
-                "if it was restored without a target: select these leaves with fresh"
+                "some of these are None in old, which is how holes come back from a "
+                "checkpoint restored without a target; select them with fresh"
             )
     if without_place:
         problems.append(
-            f"new has no place for {_listing(map(repr, without_place))} "
-            "(unused selects leaves of old to leave out)"
+            f"new has no place for {_first_ten(map(repr, without_place))} "
+            "(to ignore a value of old, select it with unused)"
         )
-    if unlike:
-        problems.append(f"shapes or dtypes differ: {_listing(unlike)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    filled: T = jax.tree.unflatten(jax.tree.structure(new), leaves)
-    return filled
+    if mismatches:
+        problems.append(f"shapes or dtypes differ: {_first_ten(mismatches)}")
+    return "; ".join(problems)
 
 
 def _nodes_by_name(tree: PyTree, label: str) -> dict[str, Any]:
@@ -532,21 +590,20 @@ def _nodes_by_name(tree: PyTree, label: str) -> dict[str, Any]:
 
 
 def _selected_names(where: Where, tree: PyTree) -> set[str]:
-    """Returns the names of the leaves that ``where`` selects, which may be none."""
+    """Returns the names of the leaves that ``where`` selects. There may be none."""
     selection = _select(where, tree)
     return {name for name, chosen in zip(_names(tree), selection) if chosen}
 
 
 def _names_of_none(tree: PyTree) -> set[str]:
-    """Returns the names of all places that hold None."""
+    """Returns the name of every None in a tree."""
     entries = tree_flatten_with_path(tree, is_leaf=lambda node: node is None)[0]
     return {_name(path) for path, node in entries if node is None}
 
 
 # -------------------------------------------------------------------------------- hoist
 
-
-# Cheap primitives: running them costs about as much as reading their stored results.
+# Cheap primitives: recomputing a result takes about as long as reading it from memory.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -570,65 +627,91 @@ _RANDOM_BITS = """
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
     random_wrap rng_bit_generator rng_uniform threefry2x32
 """.split()
-_REDUCTIONS = """
-    argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
-    reduce_sum reduce_xor
-""".split()
 _CHEAP = frozenset(_ELEMENTWISE + _CASTS_AND_MOVES + _IDENTITIES + _RANDOM_BITS)
 
+# Reductions are costly, but hoisting is hardly worthwhile if it saves nothing else.
+_REDUCTIONS = frozenset(
+    """
+    argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
+    reduce_sum reduce_xor
+    """.split()
+)
 
-def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn, Fn]:
-    """Splits a function into a frozen part, computed once per batch, and the rest.
+
+def hoist(
+    fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
+) -> tuple[Function, Function]:
+    """Splits a function into a part to run once per batch, and a part for every step.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
-    ``fn(trainable, frozen, *batch)``, and so does its gradient with respect to
-    ``trainable``. If the same batches return every epoch, compute ``once`` in the first
-    epoch only, and store what it returns.
+    ``fn(trainable, frozen, *batch)`` and has the same gradient with respect to
+    ``trainable``. If every epoch uses the same batches, call ``once`` in the first
+    epoch and store the results.
 
-    The values that ``once`` returns are a minimum cut. A value is late if it depends on
-    a trainable leaf or comes from an operation with an effect. It is early if it
-    depends on the batch and is not late. The late operations run in ``rest``. Every
-    early value that they read, or that ``fn`` returns, is either kept by ``once``, or
-    rebuilt in ``rest`` from kept values by cheap operations. ``hoist`` keeps the fewest
-    bytes that make this possible, and, if several choices are equal, the latest values.
+    ``hoist`` traces ``fn`` and divides its intermediate values into three classes:
 
-    Cheap operations are elementwise functions, casts, moves of data (slices, gathers,
-    transposes, ...), random bits, and a ``jit`` or ``custom_jvp`` of cheap operations.
-    All other operations are costly and never run again: products, convolutions,
-    reductions, sorts, and operations that run a program of their own. The latter move
-    as a whole or not at all: ``scan``, ``while_loop``, ``cond``, ``checkpoint``,
-    ``custom_vjp``, ``shard_map``, and a ``jit`` with shardings.
+    * late: depends on a trainable leaf, or comes from an operation with an effect.
+    * early: depends on the batch, and is not late.
+    * fixed: depends only on frozen leaves and constants.
 
-    Values that depend on frozen leaves alone are never kept: ``rest`` computes them
-    again. Costly results of the batch alone are kept, even if they are larger than the
-    batch (``x @ x.T``). A long chain of cheap operations runs in every step.
+    ``rest`` computes all late values. Each early value that it needs for them, or that
+    ``fn`` returns, is either stored by ``once`` or rebuilt from stored values by cheap
+    operations. ``hoist`` picks the set of values with the fewest bytes: a minimum cut.
+    If there are several, it picks the one that leaves ``rest`` the least to do.
+
+    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. The product
+    ``x @ body`` is early, and costly. Its ``tanh`` is early, and cheap. The product
+    with ``head`` is late, and reads the ``tanh``. ``x @ body`` and the ``tanh`` have
+    equally many bytes, so ``hoist`` stores the ``tanh``. If the ``tanh`` were then cast
+    to a wider dtype, ``hoist`` would still store the ``tanh``, and ``rest`` would
+    repeat the cast in every step.
+
+    Cheap operations are elementwise functions, casts, data movement (slices, gathers,
+    transposes, ...) and random bits. All others are costly: products, convolutions,
+    reductions, sorts, ... Five consequences are worth knowing:
+
+    * An operation that contains functions is costly, and is never split: ``scan``,
+      ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
+      ``jit`` with shardings. A ``scan`` over the layers of a model is late if one of
+      the layers is trainable. There are two exceptions. A ``jit`` without shardings
+      counts as the operations in it. A ``custom_jvp`` is cheap if all operations in it
+      are cheap.
+    * ``rest`` never repeats a costly operation on early values. The result is stored
+      even if it is larger than the batch, as in ``x @ x.T``.
+    * Otherwise, only bytes count. To store one byte less, ``rest`` repeats any number
+      of cheap operations.
+    * Fixed values are never stored, because they would be stored with every batch.
+      ``rest`` computes them again, even if they are costly. To avoid that, compute them
+      once and pass them as a part of ``frozen``.
+    * An operation on an early value counts as costly if it also reads a costly fixed
+      value. To rebuild ``(embeddings @ projection)[ids]``, ``rest`` would have to
+      repeat the product.
 
     Args:
-      fn: A function ``fn(trainable, frozen, *batch)`` of pytrees of arrays. ``hoist``
-        traces it once.
-      trainable: The part to differentiate. Pass random keys, counters and anything
-        else that changes from step to step as a part of this argument:
-        ``fn((params, key), frozen, x)``.
+      fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
+      trainable: The part to differentiate. Anything else that changes between steps,
+        such as random keys and counters, also goes here: ``fn((params, key), frozen,
+        x)``. A key in the batch would give the same random numbers in every epoch.
       frozen: The part that does not change.
-      *batch: The data. Data that ``fn`` closes over count as frozen.
+      *batch: The data. Data that ``fn`` closes over count as constants.
 
     Returns:
       A tuple ``(once, rest)`` of functions:
 
-      * ``once(frozen, *batch)`` returns a tuple of arrays. Jit it, and look at the
-        shapes: they are what you store per batch.
-      * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns.
+      * ``once(frozen, *batch)`` returns a tuple of arrays to store. Call it under
+        ``jax.jit``. ``jax.eval_shape(once, frozen, *batch)`` shows what it will store.
+      * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns, where ``kept`` is
+        the result of ``once``.
 
-      Both raise ValueError for another structure, shape, dtype or weak type than that
-      of the arguments of ``hoist``.
+      Both raise ValueError if an argument does not match what ``hoist`` traced in
+      structure, shape, dtype or weak type. The weak types of ``kept`` do not matter.
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
         ``jax.ShapeDtypeStruct`` are allowed.
 
     Warns:
-      UserWarning: If ``hoist`` is useless, because ``once`` has no costly operation
-        other than reductions.
+      UserWarning: If ``once`` would contain nothing costlier than a reduction.
 
     >>> head, body, x = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((5, 3))
     >>> model = lambda head, body, x: jnp.tanh(x @ body) @ head
@@ -638,58 +721,67 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     ([(5, 2)], (5,))
     """
     expected = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
-    # A new lambda, because JAX remembers what it traced, and fn may close over values
-    # that have changed since.
-    traced, out = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(
-        trainable, frozen, *batch
-    )
-    program = _flatten_jits(traced)
-    numbers = jax.tree.unflatten(
-        jax.tree.structure((trainable, frozen, batch)), program.inputs
-    )
-    trainable_values, frozen_values, batch_values = map(jax.tree.leaves, numbers)
+    # A new lambda bypasses JAX's trace cache. A cached trace would be wrong if values
+    # that fn closes over have changed.
+    closed_jaxpr, out_shapes = jax.make_jaxpr(
+        lambda *args: fn(*args), return_shape=True
+    )(trainable, frozen, *batch)
+    out_treedef = jax.tree.structure(out_shapes)
+    program = _to_program(closed_jaxpr)
+    frozen_start = len(jax.tree.leaves(trainable))
+    batch_start = frozen_start + len(jax.tree.leaves(frozen))
+    trainable_ids = program.inputs[:frozen_start]
+    frozen_ids = program.inputs[frozen_start:batch_start]
+    batch_ids = program.inputs[batch_start:]
 
-    kept_values = _values_to_keep(program, trainable_values, batch_values)
-    once_program = _subprogram(program, frozen_values + batch_values, kept_values)
+    kept_ids = _values_to_keep(program, trainable_ids, batch_ids)
+    expected_kept = tuple(program.avals[value_id] for value_id in kept_ids)
+    once_program = _subprogram(program, frozen_ids + batch_ids, kept_ids)
     rest_program = _subprogram(
         program,
-        trainable_values + frozen_values + kept_values,
+        trainable_ids + frozen_ids + kept_ids,
         program.outputs,
         with_effects=True,
     )
     _warn_if_useless(once_program)
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[Array, ...]:
-        _require_same(expected, {"frozen": frozen, "batch": batch})
+        wanted = {"frozen": expected["frozen"], "batch": expected["batch"]}
+        _require_same(wanted, {"frozen": frozen, "batch": batch})
         return tuple(_run(once_program, jax.tree.leaves((frozen, batch))))
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
-        _require_same(expected, {"trainable": trainable, "frozen": frozen})
-        # Weak types get lost when arrays are stored, and have done their work.
-        shapes = {"kept": tuple(program.avals[value] for value in kept_values)}
-        _require_same(shapes, {"kept": kept}, weak_types=False)
+        wanted = {"trainable": expected["trainable"], "frozen": expected["frozen"]}
+        _require_same(wanted, {"trainable": trainable, "frozen": frozen})
+        # Storing an array loses its weak type. This has no effect here, because all
+        # dtypes in the trace are final.
+        _require_same({"kept": expected_kept}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
-        return jax.tree.unflatten(jax.tree.structure(out), outputs)
+        return jax.tree.unflatten(out_treedef, outputs)
 
     return once, rest
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    """Replaces every array by its shape and dtype."""
+    """Replaces every array with its shape and dtype.
+
+    Raises:
+      TypeError: If a leaf is not an array.
+    """
     try:
         return jax.eval_shape(lambda tree: tree, tree)
     except (TypeError, ValueError) as error:
         for path, leaf in tree_flatten_with_path(tree)[0]:
             if not _is_array(leaf):
                 raise TypeError(
-                    f"{_name(path)!r} is {type(leaf).__name__}, not an array: "
-                    "close over it instead of passing it as an argument"
+                    f"{_name(path)!r} is a {type(leaf).__name__}, not an array: let fn "
+                    "close over it instead of passing it"
                 ) from error
         raise
 
 
 def _is_array(leaf: Any) -> bool:
-    """Returns whether JAX accepts a leaf as an array. It also accepts a number."""
+    """Returns whether JAX can trace a leaf."""
     try:
         jax.eval_shape(lambda leaf: leaf, leaf)
     except (TypeError, ValueError):
@@ -697,132 +789,145 @@ def _is_array(leaf: Any) -> bool:
     return True
 
 
-def _require_same(
-    expected: Mapping[str, PyTree], given: Mapping[str, PyTree], weak_types: bool = True
-) -> None:
-    """Raises ValueError unless arguments match the abstract arguments of ``hoist``."""
+def _require_same(expected: PyTree, given: PyTree, weak_types: bool = True) -> None:
+    """Raises ValueError unless arguments match the expected abstract arguments."""
 
     def describe(leaf: Any) -> str:
         weak = "weak " if weak_types and leaf.weak_type else ""
         return f"{weak}{leaf.dtype} {leaf.shape}"
 
-    expected = {label: expected[label] for label in given}
-    given = _abstract(given)
-    treedef: Any = jax.tree.structure(expected)
-    if treedef != jax.tree.structure(given):
-        trees = {"the arguments of hoist": expected, "this call": given}
+    found_tree = _abstract(given)
+    if not _same_structure(expected, found_tree):
+        trees = {"what hoist traced": expected, "this call": found_tree}
         raise ValueError(_structure_error(trees))
     problems = []
-    for (path, wanted), found in zip(
-        tree_flatten_with_path(expected)[0], jax.tree.leaves(given)
-    ):
+    entries = tree_flatten_with_path(expected)[0]
+    for (path, wanted), found in zip(entries, jax.tree.leaves(found_tree)):
         if describe(wanted) != describe(found):
             problems.append(
-                f"{_name(path)!r} is {describe(found)}, but was {describe(wanted)}"
+                f"{_name(path)!r}: expected {describe(wanted)}, got {describe(found)}"
             )
     if problems:
         raise ValueError(
-            f"call hoist again for other shapes or dtypes: {_listing(problems)}"
+            f"the arguments do not match what hoist traced: {_first_ten(problems)}; "
+            "call hoist again for other shapes or dtypes"
         )
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operation of a traced function. Its inputs and outputs are numbered values."""
+    """An operation on numbered values."""
 
-    run: Fn  # called with the inputs, returns a list of the outputs
-    inputs: list[int]
+    run: Function  # takes the inputs, and returns a list of the outputs
+    inputs: list[int]  # the ids of values
     outputs: list[int]
-    costly: set[str]  # the costly primitives in it; empty if the operation is cheap
+    costly_primitives: set[str]  # names for _warn_if_useless; empty if it is cheap
     has_effect: bool
 
 
 @dataclass(frozen=True)
 class _Program:
-    """Operations on numbered values, in the order in which they run."""
+    """A function as a list of operations, in the order in which they run.
+
+    Every value has an id: its index in ``avals``.
+    """
 
     inputs: list[int]
     operations: list[_Operation]
     outputs: list[int]
-    constants: dict[int, Any]
-    avals: list[Any]  # the shape and dtype of each value
+    constants: dict[int, Any]  # by id
+    avals: list[Any]  # the shape and dtype of every value
 
 
-def _flatten_jits(traced: Any) -> _Program:
-    """Converts a traced function, and replaces each call of a jit by its operations."""
+def _to_program(closed_jaxpr: Any) -> _Program:
+    """Converts a traced function to a program, and inlines plain jits."""
     from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
 
-    program = _Program([], [], [], {}, [])
+    # Remove dead code. A trainable leaf that a scan carries along unused, for example,
+    # would make the whole scan late. All inputs and constants of the function remain.
+    all_outputs = [True] * len(closed_jaxpr.out_avals)
+    live_jaxpr, _ = dce_jaxpr(closed_jaxpr.jaxpr, all_outputs, instantiate=True)
+
+    operations: list[_Operation] = []
+    constants: dict[int, Any] = {}
+    avals: list[Any] = []
 
     def new_value(aval: Any) -> int:
-        program.avals.append(aval)
-        return len(program.avals) - 1
+        avals.append(aval)
+        return len(avals) - 1
 
-    def append(jaxpr: Any, constants: Sequence[Any], inputs: list[int]) -> list[int]:
-        """Appends the operations of a jaxpr, and returns the numbers of its outputs."""
-        numbers: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
-        for variable, constant in zip(jaxpr.constvars, constants):
-            numbers[variable] = new_value(variable.aval)
-            program.constants[numbers[variable]] = _as_jax_array(constant)
+    def new_constant(aval: Any, constant: Any) -> int:
+        value_id = new_value(aval)
+        constants[value_id] = constant
+        return value_id
 
-        def number_of(atom: Any) -> int:
-            if not isinstance(atom, Literal):
-                return numbers[atom]
-            number = new_value(atom.aval)
-            program.constants[number] = atom.val
-            return number
+    def add(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+        """Adds the operations of a jaxpr and returns the ids of its outputs.
+
+        Literals remain inside the operations. Only if a jit is inlined, a literal
+        argument becomes a constant, because the body refers to it by a variable.
+        """
+        ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
+        for variable, constant in zip(jaxpr.constvars, consts):
+            ids[variable] = new_constant(variable.aval, _as_jax_array(constant))
+
+        def id_of(atom: Any) -> int:
+            if isinstance(atom, Literal):
+                return new_constant(atom.aval, atom.val)
+            return ids[atom]
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
                 body = eqn.params["jaxpr"]
-                arguments = [number_of(atom) for atom in eqn.invars]
-                outputs = append(body.jaxpr, body.consts, arguments)
+                arguments = [id_of(atom) for atom in eqn.invars]
+                outputs = add(body.jaxpr, body.consts, arguments)
             else:
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_equation_as_function(eqn, variables, traced),
-                    inputs=[numbers[variable] for variable in variables],
+                    run=_as_function(eqn, variables, template=closed_jaxpr),
+                    inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
-                    costly=_costly_primitives(eqn),
+                    costly_primitives=_costly_primitives(eqn),
                     has_effect=bool(eqn.effects),
                 )
-                program.operations.append(operation)
-            numbers.update(zip(eqn.outvars, outputs))
-        return [number_of(atom) for atom in jaxpr.outvars]
+                operations.append(operation)
+            ids.update(zip(eqn.outvars, outputs))
+        return [id_of(atom) for atom in jaxpr.outvars]
 
-    # Operations that no output needs must not make a value late.
-    live, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals), instantiate=True)
-    program.inputs.extend(new_value(variable.aval) for variable in live.invars)
-    program.outputs.extend(append(live, traced.consts, program.inputs))
-    return program
+    inputs = [new_value(variable.aval) for variable in live_jaxpr.invars]
+    outputs = add(live_jaxpr, closed_jaxpr.consts, inputs)
+    return _Program(inputs, operations, outputs, constants, avals)
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy constant, because a custom gradient may use ``.at``."""
+    """Converts a NumPy array, for the sake of custom derivatives that use ``.at``."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval():  # concrete, even inside a trace
         return jnp.asarray(constant)
 
 
-def _equation_as_function(eqn: Any, inputs: list[Any], traced: Any) -> Fn:
-    """Returns an equation as a function of its input variables."""
+def _as_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+    """Returns an equation of a jaxpr as a function of its input variables.
+
+    The function runs a jaxpr that has only this equation and is made from ``template``.
+    This works in all versions of JAX, whereas the signatures of ``Primitive.bind`` and
+    of the constructors change. The other fields of the template are not used when the
+    jaxpr runs.
+    """
     from jax.extend.core import jaxpr_as_fun
 
-    # A jaxpr of one equation, because the arguments of Primitive.bind differ between
-    # versions of JAX.
-    jaxpr = traced.jaxpr.replace(
+    jaxpr = template.jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
     )
-    run: Fn = jaxpr_as_fun(traced.replace(jaxpr=jaxpr, consts=[]))
-    return run
+    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _is_plain_jit(eqn: Any) -> bool:
-    """Returns whether an equation is a jitted call without shardings."""
-    if eqn.primitive.name not in ("jit", "pjit"):  # pjit before JAX 0.7
+    """Returns whether an equation calls a jitted function without shardings."""
+    if eqn.primitive.name not in ("jit", "pjit"):  # "pjit" before JAX 0.7
         return False
     shardings = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
     return not any(isinstance(item, jax.sharding.Sharding) for item in shardings)
@@ -833,16 +938,16 @@ def _costly_primitives(eqn: Any) -> set[str]:
     name = eqn.primitive.name
     if name in _CHEAP:
         return set()
-    if _is_plain_jit(eqn):
+    if _is_plain_jit(eqn):  # inside a custom_jvp; all others were inlined
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
     else:
         return {name}
-    costly = set()
-    for inner in body.eqns:
-        costly |= _costly_primitives(inner)
-    return costly
+    names = set()
+    for inner_eqn in body.eqns:
+        names |= _costly_primitives(inner_eqn)
+    return names
 
 
 def _run(program: _Program, inputs: list[Any]) -> list[Array]:
@@ -850,10 +955,11 @@ def _run(program: _Program, inputs: list[Any]) -> list[Array]:
     values = dict(program.constants)
     values.update(zip(program.inputs, inputs))
     for operation in program.operations:
-        arguments = [values[number] for number in operation.inputs]
+        arguments = [values[value_id] for value_id in operation.inputs]
         values.update(zip(operation.outputs, operation.run(*arguments)))
-    outputs = [values[number] for number in program.outputs]
-    # device_put keeps the weak type of a Python number on every version of JAX.
+    outputs = [values[value_id] for value_id in program.outputs]
+    # An output can be a Python number: a literal, or an argument passed through.
+    # device_put keeps its weak type in every version of JAX.
     return [x if isinstance(x, Array) else jax.device_put(x) for x in outputs]
 
 
@@ -865,27 +971,28 @@ def _subprogram(
 ) -> _Program:
     """Returns the part of a program that computes outputs from inputs.
 
-    With ``with_effects``, the part includes all operations that have an effect.
+    If ``with_effects`` is True, this includes all operations that have an effect.
     """
-    needed = set(outputs).difference(inputs)
+    given = set(inputs)
+    needed = set(outputs) - given
     operations = []
     for operation in reversed(program.operations):
         is_needed = not needed.isdisjoint(operation.outputs)
         if is_needed or (with_effects and operation.has_effect):
             operations.append(operation)
-            needed.update(set(operation.inputs).difference(inputs))
+            needed.update(set(operation.inputs) - given)
     operations.reverse()
     return replace(program, inputs=inputs, operations=operations, outputs=outputs)
 
 
 def _warn_if_useless(once_program: _Program) -> None:
     for operation in once_program.operations:
-        if not operation.costly.issubset(_REDUCTIONS):
+        if operation.costly_primitives - _REDUCTIONS:
             return
     warnings.warn(
-        "hoist moves no costly operation out of the step, other than reductions: the "
-        "others depend on a trainable leaf, or not on the batch (pass data that fn "
-        "closes over as the batch)",
+        "hoist found nothing costly to compute once per batch: apart from reductions, "
+        "every costly operation depends on a trainable leaf, or does not depend on the "
+        "batch. If fn closes over data, pass it as the batch",
         stacklevel=3,
     )
 
@@ -893,132 +1000,147 @@ def _warn_if_useless(once_program: _Program) -> None:
 def _values_to_keep(
     program: _Program, trainable: list[int], batch: list[int]
 ) -> list[int]:
-    """Returns the numbers of the values that ``once`` returns, in ascending order."""
-    # 1. Mark late and early values. A late operation runs in every step.
+    """Returns the ids of the values to store, in ascending order.
+
+    The docstring of ``hoist`` defines late, early and fixed values.
+    """
     late = set(trainable)
-    late_operations, other_operations = [], []
-    for operation in program.operations:
-        if operation.has_effect or not late.isdisjoint(operation.inputs):
-            late.update(operation.outputs)
-            late_operations.append(operation)
-        else:
-            other_operations.append(operation)
     early = set(batch)
-    for operation in other_operations:
-        if not early.isdisjoint(operation.inputs):
+    # Early values that rest needs.
+    needed: set[int] = set()
+    # Early values that rest could only rebuild by a costly operation.
+    cannot_rebuild = set(batch)
+    # All other early values, with the early values that they are rebuilt from.
+    rebuilt_from: dict[int, list[int]] = {}
+    # Fixed values that were made by a costly operation or from such a value.
+    costly_fixed: set[int] = set()
+    for operation in program.operations:
+        early_inputs = [value_id for value_id in operation.inputs if value_id in early]
+        is_late = operation.has_effect or not late.isdisjoint(operation.inputs)
+        reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
+        is_costly = bool(operation.costly_primitives) or reads_costly_fixed
+        if is_late:
+            late.update(operation.outputs)
+            needed.update(early_inputs)
+        elif early_inputs:
             early.update(operation.outputs)
+            if is_costly:
+                cannot_rebuild.update(operation.outputs)
+            else:
+                for output in operation.outputs:
+                    rebuilt_from[output] = early_inputs
+        elif is_costly:
+            costly_fixed.update(operation.outputs)
 
-    # 2. Find out how to rebuild early values. Costly results cannot be rebuilt, so they
-    # are sources. To rebuild costly results of weights alone would be costly, too.
-    sources = set(batch)
-    costly_weights: set[int] = set()
-    inputs_of: dict[int, list[int]] = {}
-    for operation in other_operations:
-        early_inputs = [value for value in operation.inputs if value in early]
-        costly = operation.costly or not costly_weights.isdisjoint(operation.inputs)
-        for output in operation.outputs:
-            if early_inputs and costly:
-                sources.add(output)
-            elif early_inputs:
-                inputs_of[output] = early_inputs
-            elif costly:
-                costly_weights.add(output)
-
-    # 3. Cut between the sources and the early values that rest needs.
-    needed = early.intersection(program.outputs)
-    for operation in late_operations:
-        needed.update(early.intersection(operation.inputs))
+    needed.update(early.intersection(program.outputs))
     sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]
-    return sorted(_minimum_cut(sorted(needed), sources, inputs_of, sizes))
+    return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
-_Node: TypeAlias = tuple[int, str]
+_Node: TypeAlias = tuple[int, str]  # of the flow network in _minimum_cut
 
 
 def _minimum_cut(
     needed: list[int],
-    sources: set[int],
-    inputs_of: Mapping[int, list[int]],
+    cannot_rebuild: set[int],
+    rebuilt_from: Mapping[int, list[int]],
     sizes: Sequence[int],
 ) -> set[int]:
-    """Returns the values to keep so that every needed value is kept or can be rebuilt.
+    """Returns the values to store so that all needed values can be rebuilt.
 
-    This is a minimum vertex cut: every path from a needed value through ``inputs_of``
-    to a source contains a kept value, and the kept values have the least total size.
-    Of several such cuts it is the one that is nearest to the needed values.
+    Think of each value as a pipe whose capacity is the size of the value. Flow enters
+    the pipes of the needed values. From each pipe it goes on into the pipes of the
+    values that this value is rebuilt from, against the direction of the computation.
+    The pipe of a value that cannot be rebuilt ends in the sink.
 
-    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956).
-    Each value is a pipe whose capacity is its size. Flow starts at the needed values
-    and ends in the sources. When no more flow fits, the pipes whose entry can be
-    reached and whose exit cannot be are the cut.
+    To store a value is to block its pipe. If the blocked pipes stop all flow, every
+    path from a needed value to the sink crosses a stored value, so every needed value
+    can be rebuilt. The blocked pipes with the least total capacity are a minimum cut.
+    If there are several, this function returns the one nearest to the needed values.
+
+    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956):
+    send as much flow as possible, and block each pipe that flow can still enter but not
+    leave. PyTorch's ``min_cut_rematerialization_partition`` uses the same idea to
+    choose what to store between the forward and the backward pass.
 
     Args:
-      needed: The values that must be kept or rebuilt.
-      sources: The values that cannot be rebuilt.
-      inputs_of: For all other values, the values from which they are rebuilt.
-      sizes: The size of every value, in bytes.
+      needed: The ids of the values that must be stored or rebuilt.
+      cannot_rebuild: The ids of the values that can only be stored.
+      rebuilt_from: For all other values, the ids of the values to rebuild them from.
+      sizes: The size of every value in bytes, by id.
     """
-    end: _Node = (-1, "end")
-    capacity: dict[_Node, dict[_Node, float]] = defaultdict(dict)
+    # The nodes are the two ends of each pipe: flow goes from (id, "in") to (id, "out").
+    sink: _Node = (-1, "sink")
+    residual: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
-    def connect(tail: _Node, head: _Node, limit: float) -> None:
-        capacity[tail][head] = limit
-        capacity[head].setdefault(tail, 0)  # A later path can send flow back.
+    def connect(tail: _Node, head: _Node, capacity: float) -> None:
+        residual[tail][head] = capacity
+        residual[head].setdefault(tail, 0)  # how much flow can be sent back
 
-    for value in sorted(sources.union(inputs_of)):
-        if value in sources:
-            connect((value, "exit"), end, math.inf)
-        else:
-            for inner in inputs_of[value]:
-                connect((value, "exit"), (inner, "entry"), math.inf)
-        connect((value, "entry"), (value, "exit"), sizes[value])
+    for value_id in cannot_rebuild:
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        connect((value_id, "out"), sink, math.inf)
+    for value_id, input_ids in rebuilt_from.items():
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        for input_id in input_ids:
+            connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # No path leads from an exhausted node to the end. This remains true while flow is
-    # added elsewhere, so an exhausted node is never searched again.
-    exhausted: set[_Node] = set()
-
-    def find_path(start: _Node) -> list[tuple[_Node, _Node]]:
-        """Returns the steps of a path with free capacity from a node to the end."""
-        came_from = {start: start}
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            if node == end:
-                steps = []
-                while node != start:
-                    steps.append((came_from[node], node))
-                    node = came_from[node]
-                return steps
-            # The way ahead was connected first. Push it last, to try it first.
-            for neighbour, free in reversed(capacity[node].items()):
-                if (
-                    free > 0
-                    and neighbour not in came_from
-                    and neighbour not in exhausted
-                ):
-                    came_from[neighbour] = node
-                    stack.append(neighbour)
-        exhausted.update(came_from)
-        return []
-
-    for value in needed:
-        while steps := find_path((value, "entry")):
-            flow = min(capacity[tail][head] for tail, head in steps)
-            for tail, head in steps:
-                capacity[tail][head] -= flow
-                capacity[head][tail] += flow
+    # The nodes that flow can still reach, although no more flow can get from them to
+    # the sink. All edges that leave this set are full. Later paths avoid the set, so
+    # these edges stay full.
+    reachable: set[_Node] = set()
+    for value_id in needed:
+        start = (value_id, "in")
+        while True:
+            came_from = _search(start, sink, residual, avoid=reachable)
+            if sink not in came_from:
+                reachable.update(came_from)
+                break
+            path = []
+            node = sink
+            while node != start:
+                path.append((came_from[node], node))
+                node = came_from[node]
+            flow = min(residual[tail][head] for tail, head in path)
+            for tail, head in path:
+                residual[tail][head] -= flow
+                residual[head][tail] += flow
 
     cut = set()
-    for value, side in exhausted:
-        if side == "entry" and (value, "exit") not in exhausted:
-            cut.add(value)
+    for value_id, end in reachable:
+        if end == "in" and (value_id, "out") not in reachable:
+            cut.add(value_id)
     return cut
+
+
+def _search(
+    start: _Node,
+    goal: _Node,
+    residual: Mapping[_Node, Mapping[_Node, float]],
+    avoid: set[_Node],
+) -> dict[_Node, _Node]:
+    """Searches for a path with residual capacity, depth first.
+
+    Returns:
+      Each node that was reached, with the node before it. If there is a path to the
+      goal, the search ends there, and the goal is one of these nodes.
+    """
+    came_from = {start: start}
+    stack = [start]
+    while stack and goal not in came_from:
+        node = stack.pop()
+        for neighbor, capacity in residual[node].items():
+            if capacity > 0 and neighbor not in came_from and neighbor not in avoid:
+                came_from[neighbor] = node
+                stack.append(neighbor)
+    return came_from
 
 
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP, and freeze the middle one.
-# If you only need the tool, delete everything from here on.
+# If you only need the library, delete everything from here on. The example's imports
+# are here for that reason.
 
 import argparse
 import itertools
@@ -1053,13 +1175,13 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
     {'linear_0': {'b': (300,), 'w': (1, 300)}, 'linear_1': {'b': (10,), 'w': (300, 10)}}
     """
     if len(sizes) < 2:
-        raise ValueError(f"sizes must be at least an input and an output, got {sizes}")
+        raise ValueError(f"sizes needs at least two widths, got {sizes}")
     for size in sizes:
         _require_positive("every size", size)
     params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         key, subkey = jax.random.split(key)
-        # To get Haiku's bits, multiply by the rounded reciprocal instead of dividing.
+        # To match Haiku bit for bit, multiply by the rounded reciprocal.
         scale = jnp.asarray(1 / np.sqrt(fan_in), dtype)
         w = scale * jax.random.truncated_normal(subkey, -2, 2, (fan_in, fan_out), dtype)
         params[f"linear_{i}"] = {"w": w, "b": jnp.zeros(fan_out, dtype)}
@@ -1067,12 +1189,13 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
 
 
 def _require_positive(label: str, number: Any) -> None:
+    # isinstance would accept True.
     if type(number) not in (int, np.int32, np.int64) or number < 1:
         raise ValueError(f"{label} must be a positive integer, got {number!r}")
 
 
 def apply(params: Params, x: Array) -> Array:
-    """Applies the MLP, with a ReLU between the layers.
+    """Applies the MLP, with a ReLU between layers.
 
     Args:
       params: What ``init`` returns, without holes.
@@ -1088,12 +1211,12 @@ def apply(params: Params, x: Array) -> Array:
     >>> apply(init(jax.random.key(0), [1, 300, 10]), jnp.ones((5, 1))).shape
     (5, 10)
     """
-    # JAX sorts the keys of dicts, linear_10 before linear_2. Go by the numbers.
+    # JAX sorts keys as strings (linear_10 before linear_2), so build names by counting.
     layers = [f"linear_{i}" for i in range(len(params))]
     if not layers or set(layers) != set(params):
         names = [repr(name) for name in params]
         raise ValueError(
-            f"the layers must be linear_0, linear_1, ..., but are {_listing(names)}"
+            f"the layers must be linear_0, linear_1, ..., but are {_first_ten(names)}"
         )
     for layer in layers:
         w, b = params[layer]["w"], params[layer]["b"]
@@ -1108,6 +1231,7 @@ def apply(params: Params, x: Array) -> Array:
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
+        # Broadcast explicitly, for jax_numpy_rank_promotion="raise".
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1116,16 +1240,16 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
     """Returns the mean softmax cross-entropy of the MLP.
 
     Args:
-      trainable: The parameters to differentiate; ``jax.grad`` differentiates the first
-        argument of a function.
-      frozen: The other parameters.
+      trainable: The parameters to differentiate, with holes. ``jax.grad``
+        differentiates a function with respect to its first argument.
+      frozen: The other parameters, with holes.
       x: The inputs, of shape (..., in).
       y: The labels: integers of shape (...). A label outside 0, ..., out - 1 adds
         nothing to the loss.
 
     Returns:
-      A scalar with the dtype of the logits. Logits of fewer than 32 bits are summed in
-      float32.
+      A scalar with the dtype of the logits. Logits narrower than 32 bits are summed
+      in float32.
 
     Raises:
       TypeError: If the labels are not integers.
@@ -1144,7 +1268,7 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
             f"labels of shape {y.shape} do not match logits of shape {logits.shape}"
         )
     if y.dtype.itemsize < 4:
-        y = y.astype(jnp.int32)  # 8 bits cannot count more than 256 classes
+        y = y.astype(jnp.int32)  # or one_hot would overflow, with 8 bits at 256 classes
     is_label = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
     # Select instead of multiplying by 0, because 0 * -inf is nan.
     log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
@@ -1170,6 +1294,8 @@ def sgd_step(params: T, grads: T, lr: Any = 0.1) -> T:
     {'b': Hole(), 'w': Array(0.75, dtype=float32)}
     """
     _require_floating(params)
+    if not _same_structure(params, grads):
+        raise ValueError(_structure_error({"params": params, "grads": grads}))
 
     def update(path: KeyPath, p: Any, g: Any) -> Array:
         new = p - g * lr
@@ -1200,12 +1326,12 @@ def train_step(
 ) -> tuple[T, Array]:
     """Takes one step of SGD on ``loss_fn``.
 
-    The arguments are those of ``loss_fn`` and ``sgd_step``, and so are the errors.
+    The arguments and errors are those of ``loss_fn`` and ``sgd_step``.
 
     Returns:
       The new trainable part, and the loss before the step.
     """
-    _require_floating(trainable)
+    _require_floating(trainable)  # jax.grad's own error does not name the leaf
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
@@ -1214,7 +1340,7 @@ def train_step(
 def train(
     trainable: T, frozen: PyTree, xs: Array, ys: Array, lr: Any = 0.1
 ) -> tuple[T, Array]:
-    """Calls ``train_step`` on many batches, in a single dispatch.
+    """Runs ``train_step`` on many batches in one call, with ``jax.lax.scan``.
 
     Args:
       trainable: The trainable part.
@@ -1246,13 +1372,13 @@ def train(
 def dataset(
     key: Array, num_records: int, batch_size: int = 10, num_classes: int = 10
 ) -> tuple[Array, Array]:
-    """Draws batches of numbers whose labels are the numbers themselves.
+    """Generates batches for learning the identity: each number is its own label.
 
     Args:
       key: A JAX random key.
       num_records: The number of batches.
-      batch_size: The number of different numbers in a batch.
-      num_classes: The numbers are 0, ..., num_classes - 1.
+      batch_size: The number of distinct examples in each batch.
+      num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
     Returns:
       The inputs, float32 of shape (num_records, batch_size, 1), and the labels, int32
@@ -1286,12 +1412,12 @@ def _print_predictions(title: str, params: Params, numbers: range) -> None:
     labels = apply(params, x).argmax(axis=1)
     print(title)
     for number, label in zip(numbers, labels):
-        print(f"[{number}.] -> {label}")
+        print(f"{number} -> {label}")
     print()
 
 
 def _print_changes(before: Params, after: Params) -> None:
-    """Prints which leaves changed, and which ones kept every bit."""
+    """Prints which leaves changed, and which ones are equal bit for bit."""
     changed, unchanged = [], []
     new_leaves = jax.tree.leaves(after)
     for (path, old), new in zip(tree_flatten_with_path(before)[0], new_leaves):
@@ -1304,18 +1430,18 @@ def _print_changes(before: Params, after: Params) -> None:
 
 
 def _plot_error(file: Path) -> str | None:
-    """Returns why a picture cannot be written to a file, or None."""
+    """Returns why a plot cannot be written to ``file``, or None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "matplotlib is missing: pip install matplotlib"
+        return "this needs matplotlib: pip install matplotlib"
     formats = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         return f"the suffix must be one of {', '.join(formats)}"
     if not file.parent.is_dir():
         return "the folder does not exist"
     if file.is_dir():
-        return "this is a folder"
+        return "the path is a folder"
     return None
 
 
@@ -1338,17 +1464,18 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
             axis.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
         figure.colorbar(image, ax=list(column), location="bottom")
 
-    # Write the whole picture or nothing.
+    # Write to a temporary folder and rename, so that a failure leaves no partial image.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        part = Path(folder, file.name)
-        figure.savefig(part, dpi=150)
-        part.replace(file)
+        finished = Path(folder, file.name)
+        figure.savefig(finished, dpi=150)
+        finished.replace(file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and last layer of an MLP to learn the identity."""
     parser = argparse.ArgumentParser(
-        description="Train the first and last layer of an MLP, the middle one frozen."
+        description="Train an MLP to learn the identity, with its middle layer frozen.",
+        usage=argparse.SUPPRESS,  # so that an error is a single line
     )
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
