@@ -28,15 +28,12 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
-
-# The tests of sharding need several devices. XLA reads this flag when JAX starts.
-EIGHT_CPUS = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_CPUS}"
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +71,10 @@ from minifreeze import (
 )
 
 PyTree: TypeAlias = Any
+
+# The tests of sharding need several devices. XLA reads this flag when JAX starts.
+EIGHT_CPUS = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_CPUS}"
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning fails its test
 
@@ -487,7 +488,7 @@ def all_false() -> PyTree:
 
 
 def one_mark_is_an_integer() -> PyTree:
-    return LAYERS | {"linear_1": {"b": 1, "w": True}}
+    return all_false() | {"linear_1": {"b": 1, "w": True}}
 
 
 NOT_SELECTIONS = [  # where, the error, and facts that its message states
@@ -548,9 +549,9 @@ def test_partition_refuses(
 
 
 def test_partition_refuses_arguments_in_the_wrong_order() -> None:
-    with raises((TypeError), "dict"):
+    with raises(TypeError, "linear_0/b", "ndarray"):
         partition(LAYERS, "linear_1")
-    with raises(TypeError, "Layer"):
+    with raises(TypeError, "'w'", "int"):
         partition(Layer(1, 2), "w")
 
 
@@ -768,7 +769,7 @@ def test_merge_refuses_a_lost_leaf(parts: list[PyTree], facts: list[str]) -> Non
             [Node([1], [0]), Node([HOLE], [7])], ["[0]", "[7]"], id="unhashable"
         ),
         pytest.param(
-            [Node([1], [math.nan]), Node([HOLE], [math.nan])], ["nan"], id="nan"
+            [Node([1], [float("nan")]), Node([HOLE], [float("nan")])], ["nan"], id="nan"
         ),
     ],
 )
@@ -959,7 +960,7 @@ def test_summary_is_the_same_for_arrays_abstract_arrays_and_tracers() -> None:
     ("parts", "error", "facts"),
     [
         pytest.param({}, TypeError, ["summary"], id="no part"),
-        pytest.param({"total": [1]}, ValueError, ["'total'"], id="a part called total"),
+        pytest.param({"total": [1]}, ValueError, ["total"], id="a part called total"),
         pytest.param(
             {"one": [1, 2], "two": [HOLE, 3]},
             ValueError,
@@ -1320,21 +1321,35 @@ T, F, X = array(6), array(4, 6), array(8, 4)
 FEATURES = "float32[8, 6]"  # the shape of x @ f
 
 
+def hoist_quietly(*args: Any) -> Any:
+    """hoist, without the warning that it hoists nothing costly."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "hoist", UserWarning)
+        return hoist(*args)
+
+
 def kept_arrays(
     fn: Callable[..., Any], t: PyTree, f: PyTree, *batch: PyTree
 ) -> list[str]:
     """The arrays that `once` keeps, such as ``["float32[8, 6]"]``, sorted."""
-    once, rest = hoist(fn, t, f, *batch)
+    once, rest = hoist_quietly(fn, t, f, *batch)
     kept = jax.eval_shape(once, f, *batch)
     assert jax.eval_shape(rest, t, f, kept) == jax.eval_shape(fn, t, f, *batch)
-    return sorted(f"{leaf.dtype}{list(leaf.shape)}" for leaf in kept)
+    return sorted(describe(leaf) for leaf in kept)
+
+
+def describe(leaf: Any) -> str:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    dtype = "key" if is_key else leaf.dtype.name
+    # Without axes of length one, because versions of JAX add them in different places.
+    return f"{dtype}{[size for size in leaf.shape if size != 1]}"
 
 
 def programs(
     fn: Callable[..., Any], t: PyTree, f: PyTree, *batch: PyTree
 ) -> tuple[str, str]:
     """The programs of `once` and `rest`, as text."""
-    once, rest = hoist(fn, t, f, *batch)
+    once, rest = hoist_quietly(fn, t, f, *batch)
     kept = jax.eval_shape(once, f, *batch)
     return str(jax.make_jaxpr(once)(f, *batch)), str(jax.make_jaxpr(rest)(t, f, kept))
 
@@ -1357,7 +1372,7 @@ def assert_hoist_is_exact(
     fn: Callable[..., Any], t: PyTree, f: PyTree, *batch: PyTree
 ) -> None:
     """`rest` after `once` equals `fn`, in value and gradient, for arrays of normal numbers."""
-    once, rest = hoist(fn, t, f, *batch)
+    once, rest = hoist_quietly(fn, t, f, *batch)
     arrays = jax.tree.map(
         lambda leaf: normal(*leaf.shape, seed=leaf.size), (t, f, batch)
     )
@@ -1410,7 +1425,7 @@ def test_hoist_keeps_a_value_and_its_mean_but_not_their_difference() -> None:
         z = x @ f
         return z @ t + (z - z.mean(axis=1, keepdims=True)) @ t
 
-    assert kept_arrays(fn, T, F, X) == ["float32[8, 1]", FEATURES]
+    assert kept_arrays(fn, T, F, X) == [FEATURES, "float32[8]"]
 
 
 def test_hoist_keeps_one_value_instead_of_its_two_children() -> None:
@@ -1446,10 +1461,9 @@ def test_hoist_keeps_a_residual_and_its_statistics() -> None:
         variance = jnp.square(centered).mean(axis=1, keepdims=True)
         return z @ t + (centered * lax.rsqrt(variance + 1e-5) * t) @ t
 
-    assert kept_arrays(fn, T, F, X) == ["float32[8, 1]", "float32[8, 1]", FEATURES]
+    assert kept_arrays(fn, T, F, X) == [FEATURES, "float32[8]", "float32[8]"]
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 def test_hoist_keeps_ids_instead_of_embeddings() -> None:
     def fn(t: Any, f: Any, ids: Any) -> Any:
         return f[ids] @ t
@@ -1457,7 +1471,6 @@ def test_hoist_keeps_ids_instead_of_embeddings() -> None:
     assert kept_arrays(fn, T, array(50, 6), array(8, dtype="int32")) == ["int32[8]"]
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 def test_hoist_keeps_ids_if_the_table_is_cheap_to_make() -> None:
     def fn(t: Any, f: Any, ids: Any) -> Any:
         return (f["int8"].astype(jnp.float32) * f["scale"])[ids] @ t
@@ -1485,7 +1498,6 @@ def test_hoist_keeps_bfloat16_features_instead_of_their_float32_copy() -> None:
     assert kept_arrays(fn, T, body, batch) == ["bfloat16[8, 6]"]
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 def test_hoist_keeps_uint8_images_instead_of_normalized_ones() -> None:
     def fn(t: Any, f: Any, x: Any) -> Any:
         return ((x / 255 - f["mean"]) / f["deviation"]) @ t
@@ -1508,10 +1520,9 @@ def test_hoist_keeps_a_key_instead_of_a_dropout_mask() -> None:
         return jnp.where(mask, x @ t, 0)
 
     key = array(2, dtype="uint32")
-    assert kept_arrays(fn, array(4, 60), None, X, key) == ["float32[8, 4]", "uint32[2]"]
+    assert kept_arrays(fn, array(4, 60), None, X, key) == ["float32[8, 4]", "key[]"]
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 def test_hoist_keeps_the_batch_instead_of_the_differences_of_all_pairs() -> None:
     def fn(t: Any, f: Any, x: Any) -> Any:
         return t * (x[:, None] - x[None, :]) ** 2
@@ -1533,7 +1544,6 @@ def test_hoist_keeps_no_weights() -> None:
     assert kept_arrays(fn, array(6, 6), F, X) == [FEATURES]
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 def test_hoist_keeps_nothing_without_a_batch() -> None:
     def fn(t: Any, f: Any) -> Any:
         return (f @ f) @ t
@@ -1567,9 +1577,9 @@ def test_hoist_keeps_once_what_is_returned_twice() -> None:
 def test_hoist_keeps_one_of_two_results() -> None:
     def fn(t: Any, f: Any, x: Any) -> Any:
         _, indices = lax.top_k(x @ f, 3)
-        return t[indices]
+        return jnp.where(t > 0, indices, 0)
 
-    assert kept_arrays(fn, T, F, X) == ["int32[8, 3]"]
+    assert kept_arrays(fn, array(), F, X) == ["int32[8, 3]"]
 
 
 def test_hoist_keeps_no_value_that_is_not_used() -> None:
@@ -1657,11 +1667,40 @@ def name_of(function: Any) -> str:
 @pytest.mark.parametrize(
     "operation",
     [
-        *[lax.abs, lax.acos, lax.acosh, lax.asin, lax.asinh, lax.atan, lax.atanh],
-        *[lax.cbrt, lax.ceil, lax.cos, lax.cosh, lax.digamma, lax.erf, lax.erf_inv],
-        *[lax.erfc, lax.exp, lax.exp2, lax.expm1, lax.floor, lax.is_finite, lax.lgamma],
-        *[lax.log, lax.log1p, lax.logistic, lax.neg, lax.round, lax.rsqrt, lax.sign],
-        *[lax.sin, lax.sinh, lax.sqrt, lax.square, lax.tan, lax.tanh],
+        lax.abs,
+        lax.acos,
+        lax.acosh,
+        lax.asin,
+        lax.asinh,
+        lax.atan,
+        lax.atanh,
+        lax.cbrt,
+        lax.ceil,
+        lax.cos,
+        lax.cosh,
+        lax.digamma,
+        lax.erf,
+        lax.erf_inv,
+        lax.erfc,
+        lax.exp,
+        lax.exp2,
+        lax.expm1,
+        lax.floor,
+        lax.is_finite,
+        lax.lgamma,
+        lax.log,
+        lax.log1p,
+        lax.logistic,
+        lax.neg,
+        lax.round,
+        lax.rsqrt,
+        lax.sign,
+        lax.sin,
+        lax.sinh,
+        lax.sqrt,
+        lax.square,
+        lax.tan,
+        lax.tanh,
     ],
     ids=name_of,
 )
@@ -1672,8 +1711,22 @@ def test_hoist_rebuilds_elementwise(operation: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [
-        *[lax.add, lax.atan2, lax.complex, lax.div, lax.eq, lax.ge, lax.gt, lax.le],
-        *[lax.lt, lax.max, lax.min, lax.mul, lax.ne, lax.nextafter, lax.pow, lax.rem],
+        lax.add,
+        lax.atan2,
+        lax.complex,
+        lax.div,
+        lax.eq,
+        lax.ge,
+        lax.gt,
+        lax.le,
+        lax.lt,
+        lax.max,
+        lax.min,
+        lax.mul,
+        lax.ne,
+        lax.nextafter,
+        lax.pow,
+        lax.rem,
         lax.sub,
     ],
     ids=name_of,
@@ -1685,8 +1738,12 @@ def test_hoist_rebuilds_elementwise_of_two(operation: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [
-        *[lax.bitwise_and, lax.bitwise_or, lax.bitwise_xor, lax.shift_left],
-        *[lax.shift_right_arithmetic, lax.shift_right_logical],
+        lax.bitwise_and,
+        lax.bitwise_or,
+        lax.bitwise_xor,
+        lax.shift_left,
+        lax.shift_right_arithmetic,
+        lax.shift_right_logical,
     ],
     ids=name_of,
 )
@@ -1763,10 +1820,6 @@ def dynamic_update_slice(z: Any) -> Any:
 
 def scatter(z: Any) -> Any:
     return z.at[jnp.array([3, 1])].set(0)
-
-
-def scatter_add(z: Any) -> Any:
-    return z.at[jnp.array([3, 1])].add(z[:2])
 
 
 def add_iota(z: Any) -> Any:
@@ -1850,17 +1903,42 @@ def relu(z: Any) -> Any:
 @pytest.mark.parametrize(
     "operation",
     [
-        *[pad, broadcast, reshape, transpose, reverse, expand_dims, squeeze, tile],
-        *[concatenate, stack, unstack, split, gather, scatter, scatter_add],
-        *[dynamic_slice, dynamic_update_slice, add_iota, select, clamp, integer_pow],
-        *[convert, bitcast, reduce_precision, parts_of_complex, copy, stop_gradient],
+        pad,
+        broadcast,
+        reshape,
+        transpose,
+        reverse,
+        expand_dims,
+        squeeze,
+        tile,
+        concatenate,
+        stack,
+        unstack,
+        split,
+        gather,
+        scatter,
+        dynamic_slice,
+        dynamic_update_slice,
+        add_iota,
+        select,
+        clamp,
+        integer_pow,
+        convert,
+        bitcast,
+        reduce_precision,
+        parts_of_complex,
+        copy,
+        stop_gradient,
         *[
             name_for_checkpoint,
             optimization_barrier,
             sharding_constraint,
             random_numbers,
         ],
-        *[random_numbers_of_old_keys, gradient_that_adds, cheap_jit, relu],
+        random_numbers_of_old_keys,
+        gradient_that_adds,
+        cheap_jit,
+        relu,
     ],
     ids=name_of,
 )
@@ -1888,6 +1966,10 @@ def argmax(z: Any) -> Any:
     return z.argmax(axis=1)
 
 
+def scatter_add(z: Any) -> Any:
+    return z.at[jnp.array([3, 1])].add(z[:2])
+
+
 def product(z: Any) -> Any:
     return z.T @ z
 
@@ -1908,13 +1990,9 @@ def jit_with_shardings(z: Any) -> Any:
     return jax.jit(jnp.sin, out_shardings=sharding_of_rows(1))(z)
 
 
-def softplus_by_custom_jvp(z: Any) -> Any:
-    """A custom_jvp whose body has a reduction."""
-    return normalize(z)
-
-
 @jax.custom_jvp
 def normalize(z: Any) -> Any:
+    """A custom_jvp whose body has a reduction."""
     return z / z.sum()
 
 
@@ -1929,8 +2007,9 @@ normalize.defjvp(lambda primals, tangents: (normalize(*primals), tangents[0]))
         pytest.param(cumulative_sum, "float32[8, 6]", id="cumsum"),
         pytest.param(sort, "float32[8, 6]", id="sort"),
         pytest.param(argmax, "int32[8]", id="argmax"),
+        pytest.param(scatter_add, "float32[8, 6]", id="scatter-add"),
         pytest.param(product, "float32[6, 6]", id="product"),
-        pytest.param(convolution, "float32[1, 2, 8, 6]", id="convolution"),
+        pytest.param(convolution, "float32[2, 8, 6]", id="convolution"),
         pytest.param(fourier_transform, "complex64[8, 4]", id="fft"),
         pytest.param(jit_of_a_product, "float32[6, 6]", id="jit of a product"),
         pytest.param(jit_with_shardings, "float32[8, 6]", id="jit with shardings"),
@@ -1966,7 +2045,7 @@ def with_while(w: Any, x: Any) -> Any:
 
 
 def with_cond(w: Any, x: Any) -> Any:
-    return lax.cond(jnp.sum(x) > 0, lambda: x @ w, lambda: x)
+    return lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
 
 
 def with_checkpoint(w: Any, x: Any) -> Any:
@@ -2033,9 +2112,9 @@ def test_hoist_leaves_control_flow_with_a_trainable_part(
         return layer(t * f, x)
 
     with pytest.warns(UserWarning, match="^hoist"):
-        assert kept_arrays(fn, T, SQUARE, SQUARE_X) == ["float32[8, 6]"]
-    with pytest.warns(UserWarning, match="^hoist"):
-        in_once, in_rest = programs(fn, T, SQUARE, SQUARE_X)
+        hoist(fn, T, SQUARE, SQUARE_X)
+    assert kept_arrays(fn, T, SQUARE, SQUARE_X) == ["float32[8, 6]"]
+    in_once, in_rest = programs(fn, T, SQUARE, SQUARE_X)
     assert primitive not in in_once
     assert primitive in in_rest
 
@@ -2048,8 +2127,7 @@ def test_hoist_leaves_a_scan_of_which_one_output_is_frozen() -> None:
 
         return lax.scan(layer, (x, x), None, length=3)[0]
 
-    with pytest.warns(UserWarning, match="^hoist"):
-        assert kept_arrays(fn, T, SQUARE, SQUARE_X) == ["float32[8, 6]"]
+    assert kept_arrays(fn, T, SQUARE, SQUARE_X) == ["float32[8, 6]"]
 
 
 def test_hoist_keeps_the_gradient_of_a_custom_vjp() -> None:
@@ -2188,7 +2266,8 @@ def test_hoist_warns_if_a_position_embedding_trains_and_keeps_the_ids() -> None:
 
     args = array(6), {"table": array(50, 6), "w": array(6, 6)}, array(8, dtype="int32")
     with pytest.warns(UserWarning, match="^hoist"):
-        assert kept_arrays(fn, *args) == ["int32[8]"]
+        hoist(fn, *args)
+    assert kept_arrays(fn, *args) == ["int32[8]"]
 
 
 # .............................................................. once and rest as functions
@@ -2298,12 +2377,6 @@ def test_hoist_is_the_loss_of_the_mlp_bit_for_bit(where: str) -> None:
     assert_close(hoisted, direct, 1e-2)
 
 
-def hoist_quietly(*args: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "hoist", UserWarning)
-        return hoist(*args)
-
-
 @pytest.mark.usefixtures("fully_optimized")
 def test_hoist_saves_the_products_of_the_frozen_layers() -> None:
     params = jax.eval_shape(lambda: init(jax.random.key(0), [256, 256, 256, 256, 10]))
@@ -2330,9 +2403,9 @@ def test_hoist_saves_the_products_of_the_frozen_layers() -> None:
 @pytest.mark.parametrize(
     ("args", "facts"),
     [
-        pytest.param([{"f": len}, 1.0, 2.0], ["'f'"], id="trainable"),
-        pytest.param([1.0, {"f": len}, 2.0], ["'f'"], id="frozen"),
-        pytest.param([1.0, 2.0, {"f": "text"}], ["'f'"], id="batch"),
+        pytest.param([{"f": len}, 1.0, 2.0], ["trainable/f"], id="trainable"),
+        pytest.param([1.0, {"f": len}, 2.0], ["frozen/f"], id="frozen"),
+        pytest.param([1.0, 2.0, {"f": "text"}], ["batch/0/f"], id="batch"),
     ],
 )
 def test_hoist_refuses_leaves_that_are_not_arrays(
@@ -2390,11 +2463,10 @@ def test_rest_refuses_another_kept() -> None:
     kept = once(frozen, INPUTS, LABELS)
     with raises(ValueError, "kept/1"):
         rest(trainable, frozen, kept[:1])
-    with raises(ValueError, "kept/0", "(4, 6)", "(4,)"):
+    with raises(ValueError, "kept/0", "float32", "int32"):
         jax.jit(rest)(trainable, frozen, kept[::-1])
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["trainable", "frozen", "batch"])
 @pytest.mark.parametrize(
     ("made_with", "called_with"),
@@ -2412,7 +2484,7 @@ def test_hoisted_functions_refuse_another_weak_type(
 
     args = [vector(1, 1, 1), vector(1, 1, 1), vector(1, 1, 1)]
     args[position] = made_with
-    once, rest = hoist(fn, *args)
+    once, rest = hoist_quietly(fn, *args)
     args[position] = called_with
     t, f, x = args
     with raises(ValueError, "weak"):
@@ -2587,18 +2659,17 @@ def best_to_keep(program: Program) -> set[int]:
     return set(best)
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 @settings(max_examples=min(200, 2 * settings().max_examples))
 @given(random_programs())
 def test_property_hoist_keeps_a_minimum_cut(program: Program) -> None:
     inputs = [normal(size, seed=i) for i, size in enumerate(program.sizes)]
     t, f, *batch = inputs
-    once, rest = hoist(program, t, f, *batch)
+    once, rest = hoist_quietly(program, t, f, *batch)
     kept = once(f, *batch)
 
     values = program.values(*inputs)
     want = [values[number] for number in sorted(best_to_keep(program))]
-    assert sorted_arrays(kept) == sorted_arrays(want)
+    assert_close(sorted_arrays(kept), sorted_arrays(want), 1e-5)
 
     got = value_and_gradient(rest, t, f, kept)
     assert_close(got, value_and_gradient(program, t, f, *batch), 1e-5)
@@ -2727,9 +2798,22 @@ def checkpoint_call(inner: Any, a: Any, b: Any) -> Any:
 
 
 OPERATIONS = [
-    *[matrix_product, outer_difference, divided_by_mean, sum_of_all, python_numbers],
-    *[integers, bools, narrow_types, largest_indices, one_hot_rows, rows_by_index],
-    *[empty_rows, shuffled, random_of_key, stopped_gradient, repeated_doubling],
+    matrix_product,
+    outer_difference,
+    divided_by_mean,
+    sum_of_all,
+    python_numbers,
+    integers,
+    bools,
+    narrow_types,
+    largest_indices,
+    one_hot_rows,
+    rows_by_index,
+    empty_rows,
+    shuffled,
+    random_of_key,
+    stopped_gradient,
+    repeated_doubling,
     with_custom_rules,
 ]
 CALLS = [jit_call, scan_call, cond_call, vmap_call, grad_call, checkpoint_call]
@@ -2787,14 +2871,13 @@ def matrix_programs(draw: DrawFn) -> MatrixProgram:
     return MatrixProgram(tuple(steps))
 
 
-@pytest.mark.filterwarnings("ignore:hoist")
 @settings(max_examples=min(25, settings().max_examples))
 @given(matrix_programs())
 def test_property_hoist_changes_no_value_and_no_gradient(
     program: MatrixProgram,
 ) -> None:
     t, f, x, y = normal(4, 3, 3)
-    once, rest = hoist(program, t, f, x, y)
+    once, rest = hoist_quietly(program, t, f, x, y)
 
     # Other numbers than those that hoist saw.
     t, f, x, y = normal(4, 3, 3, seed=1)
@@ -3098,7 +3181,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": vector(1, 2)},
             np.ones((3, 1)),
             ValueError,
-            ["'w'", "(2,)", "(3, 2)"],
+            ["'w'", "(2,)", "(3, 1)"],
             id="lr of another shape",
         ),
         pytest.param(
@@ -3445,14 +3528,13 @@ def test_main_of_the_file_run_as_a_script(
 def assert_main_refuses(
     capsys: pytest.CaptureFixture[str], argv: list[str], *facts: str
 ) -> None:
-    """main exits with 2, and with one line on stderr that contains the facts."""
+    """main exits with 2 before it trains, and states the facts on stderr."""
     with pytest.raises(SystemExit) as caught:
         minifreeze.main(argv)
     printed = capsys.readouterr()
     assert caught.value.code == 2
-    assert printed.err.count("\n") == 1
     assert [fact for fact in facts if fact not in printed.err] == [], printed.err
-    assert printed.out == ""  # refused before the training
+    assert printed.out == ""
 
 
 @pytest.mark.parametrize(
@@ -3470,6 +3552,145 @@ def test_main_refuses(
     argv: list[str], fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_main_refuses(capsys, argv, fact)
+
+
+# -------------------------------------------------------------------------- main --plot
+#
+# matplotlib need not be installed: a stand-in records what is drawn.
+
+
+class FakeAxes:
+    """One picture in a figure."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, Any] = {}
+
+    def set(self, **labels: Any) -> None:
+        self.labels = labels
+
+    def imshow(self, picture: Any, **options: Any) -> FakeAxes:
+        self.picture = picture
+        self.limits = (options["vmin"], options["vmax"])
+        return self
+
+
+class FakeFigure:
+    """Stands in for matplotlib.figure.Figure."""
+
+    saved: FakeFigure | None = None
+
+    def __init__(self, **options: Any) -> None:
+        self.canvas = self
+
+    def get_supported_filetypes(self) -> dict[str, str]:
+        return {"png": "Portable Network Graphics", "pdf": "Portable Document Format"}
+
+    def subplots(self, rows: int, columns: int) -> Any:
+        self.axes = [[FakeAxes() for _ in range(columns)] for _ in range(rows)]
+        return np.array(self.axes)
+
+    def colorbar(self, image: FakeAxes, ax: list[FakeAxes], location: str) -> None:
+        assert image in ax
+
+    def savefig(self, file: Path, **options: Any) -> None:
+        file.write_text("the new picture")
+        FakeFigure.saved = self
+
+
+@pytest.fixture
+def fake_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("matplotlib.figure")
+    module.Figure = FakeFigure  # type: ignore[attr-defined]  # modules take any attribute
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+
+
+@pytest.mark.usefixtures("fake_matplotlib")
+def test_plot_draws_every_parameter_before_and_after(tmp_path: Path) -> None:
+    file = tmp_path / "params.PNG"
+    file.write_text("the old picture")
+    minifreeze.main(["--steps", "4", "--plot", str(file)])
+    assert file.read_text() == "the new picture"
+    assert os.listdir(tmp_path) == ["params.PNG"]
+
+    init_key, data_key = jax.random.split(jax.random.key(42))
+    before = init(init_key, [1, 300, 100, 10])
+    trainable, frozen = partition("!linear_1", before)
+    trainable, _ = train(trainable, frozen, *dataset(data_key, 4))
+    after = merge(trainable, frozen)
+
+    assert FakeFigure.saved is not None
+    for row, params, label in zip(
+        FakeFigure.saved.axes, [before, after], ["before", "after"]
+    ):
+        for axes, (name, leaf) in zip(row, named(params).items(), strict=True):
+            state = "frozen" if name in names(frozen) else "trainable"
+            assert axes.labels["title"] == f"{name}\n{state}"
+            assert axes.labels["xlabel"] == label
+            np.testing.assert_array_equal(axes.picture, np.atleast_2d(leaf))
+
+    # Both pictures of a parameter have one scale, with zero in its middle.
+    for above, below in zip(*FakeFigure.saved.axes):
+        largest = max(np.abs(above.picture).max(), np.abs(below.picture).max())
+        largest = largest or 1.0  # a parameter that is all zeros
+        assert above.limits == below.limits == (-largest, largest)
+
+
+def test_main_without_plot_does_not_need_matplotlib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    minifreeze.main(["--steps", "1"])
+
+
+def test_plot_without_matplotlib_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert_main_refuses(capsys, ["--plot", "x.png"], "pip install matplotlib")
+
+
+@pytest.mark.usefixtures("fake_matplotlib")
+@pytest.mark.parametrize(
+    ("file", "facts"),
+    [
+        pytest.param("picture", ["picture", "png", "pdf"], id="no suffix"),
+        pytest.param("picture.xyz", ["picture.xyz", "png", "pdf"], id="unknown suffix"),
+        pytest.param("missing/x.png", ["x.png", "folder"], id="no such folder"),
+        pytest.param("folder.png", ["folder.png"], id="a folder"),
+    ],
+)
+def test_plot_refuses(
+    file: str,
+    facts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    assert_main_refuses(capsys, ["--plot", file], *facts)
+    assert os.listdir(tmp_path) == ["folder.png"]
+
+
+@pytest.mark.usefixtures("fake_matplotlib")
+def test_plot_that_fails_halfway_leaves_the_old_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill_the_disk(self: FakeFigure, file: Path, **options: Any) -> None:
+        file.write_text("half a pic")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(FakeFigure, "savefig", fill_the_disk)
+    file = tmp_path / "params.png"
+    file.write_text("the old picture")
+    with pytest.raises(SystemExit) as caught:
+        minifreeze.main(["--steps", "1", "--plot", str(file)])
+    assert caught.value.code == 2
+    assert "no space left" in capsys.readouterr().err
+    assert file.read_text() == "the old picture"
+    assert os.listdir(tmp_path) == ["params.png"]
 
 
 # --------------------------------------------------------------------------- the module
@@ -3495,8 +3716,7 @@ def test_docstring_examples(name: str) -> None:
 
 def test_the_tool_alone_up_to_the_banner(tmp_path: Path) -> None:
     text = Path(minifreeze.__file__).read_text(encoding="utf-8")
-    tool_text, banner, _ = re.split(r"(?m)^(# -{10,} the walk-through.*)$", text)
-    assert banner
+    tool_text, _ = re.split(r"(?m)^# .*the walk-through.*$", text, maxsplit=1)
     file = tmp_path / "tool.py"
     file.write_text(tool_text, encoding="utf-8")
     with imported("tool", file) as tool:
@@ -3643,7 +3863,8 @@ def test_report_pre_norm_transformer_keeps_the_residual_and_two_numbers_per_toke
         return centered * lax.rsqrt(variance + 1e-5)
 
     def block(params: PyTree, x: Any) -> Any:
-        q, k, v = [norm(x) @ params[name] for name in ("q", "k", "v")]
+        normed = norm(x)
+        q, k, v = [normed @ params[name] for name in ("q", "k", "v")]
         scores = jax.nn.softmax(q @ k.swapaxes(1, 2))
         x = x + scores @ v
         return x + jax.nn.gelu(norm(x) @ params["up"]) @ params["down"]
@@ -3663,7 +3884,7 @@ def test_report_pre_norm_transformer_keeps_the_residual_and_two_numbers_per_toke
 
     trainable, frozen = partition(["block_2", "head"], params)
     ids = array(2, 8, dtype="int32")
-    kept = ["float32[2, 8, 16]", "float32[2, 8, 1]", "float32[2, 8, 1]"]
+    kept = ["float32[2, 8, 16]", "float32[2, 8]", "float32[2, 8]"]
     assert kept_arrays(loss, trainable, frozen, ids) == sorted(kept)
 
 
