@@ -3178,7 +3178,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": HOLE},
             0.1,
             ValueError,
-            ["Hole"],
+            ["'w'"],
             id="a hole for a leaf",
         ),
         pytest.param(
