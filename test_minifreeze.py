@@ -14,12 +14,16 @@ properties (Hypothesis). To add a case, add one line to the list above the test 
 rule: ``pytest.param(..., id="what the case shows")``.
 """
 
+# Many functions of JAX have no annotations:
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import collections
 import contextlib
 import doctest
 import importlib.util
+import inspect
 import itertools
 import math
 import os
@@ -30,7 +34,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -46,11 +50,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 from jax.tree_util import GetAttrKey, keystr
-
-try:
-    from jax import shard_map
-except ImportError:  # before JAX 0.6
-    from jax.experimental.shard_map import shard_map
 
 import minifreeze
 from minifreeze import (
@@ -78,7 +77,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_CPUS}"
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning fails its test
 
-# The default is the same examples in every run. Set HYPOTHESIS_PROFILE to choose another.
+# The default profile tries the same examples in every run.
 settings.register_profile("default", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=20_000, deadline=None)
 settings.register_profile(
@@ -89,7 +88,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly() -> Iterator[None]:
-    """Turns most of XLA's optimizations off, because compiling takes most of the time."""
+    """Turns most of XLA's optimizations off: compiling takes most of the time."""
     option = "jax_disable_most_optimizations"
     before = jax.config.values[option]
     jax.config.update(option, True)
@@ -108,7 +107,7 @@ def fully_optimized(compile_quickly: None) -> Iterator[None]:
     jax.clear_caches()
 
 
-# ------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------ helpers
 
 
 @contextlib.contextmanager
@@ -146,13 +145,13 @@ def nodes(tree: PyTree) -> list[Any]:
 
 
 def structure(tree: PyTree) -> Any:
-    """The structure of a tree whose holes count as leaves."""
+    """The structure of a tree, in which holes count as leaves."""
     return jax.tree.structure(tree, is_leaf=is_hole)
 
 
 def assert_identical(got: PyTree, want: PyTree) -> None:
     """Structures, shapes, dtypes and all bits are equal."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert structure(got) == structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         g, w = np.asarray(g), np.asarray(w)
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
@@ -161,7 +160,7 @@ def assert_identical(got: PyTree, want: PyTree) -> None:
 
 def assert_close(got: PyTree, want: PyTree, tolerance: float = 1e-6) -> None:
     """Structures, shapes and dtypes are equal, and values within the tolerance."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert structure(got) == structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert (np.shape(g), jnp.result_type(g)) == (np.shape(w), jnp.result_type(w))
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
@@ -205,7 +204,7 @@ BLOCKS = {f"block_{i}": {"b": np.zeros(3), "w": np.ones((3, 3))} for i in range(
 def mlp(*sizes: int) -> PyTree:
     """The parameters of an MLP, with biases that are not zero."""
     params = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         numbers = normal(fan_in + 1, fan_out, seed=i + 1)
         params[f"linear_{i}"] = {
             "b": numbers[0] / 10,
@@ -217,10 +216,10 @@ def mlp(*sizes: int) -> PyTree:
 # A network with 5 classes, and a batch of 4 examples.
 PARAMS = mlp(3, 6, 6, 5)
 INPUTS = normal(4, 3)
-LABELS = np.array([3, 0, 4, 1], np.int32)
+LABELS: Any = np.array([3, 0, 4, 1], np.int32)
 
 
-# ------------------------------------------------------- trees of every kind that JAX knows
+# --------------------------------------------------- trees of every kind that JAX knows
 class Pair(NamedTuple):
     first: Any
     second: Any
@@ -229,7 +228,7 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass
 class Layer:
-    """A model as Equinox and Flax NNX have them: a callable tree with static metadata."""
+    """A model as in Equinox: a callable tree with static metadata."""
 
     w: Any
     b: Any
@@ -306,13 +305,13 @@ def selects(selection: set[Any]) -> Callable[[Any, Any], bool]:
     return lambda path, leaf: path in selection
 
 
-# ---------------------------------------------------------------------------------- Hole
+# --------------------------------------------------------------------------------- Hole
 
 
 def test_holes_are_equal_hashable_and_immutable() -> None:
     assert Hole() == HOLE
     assert len({Hole(), Hole()}) == 1
-    assert HOLE not in [None, (), {}, 0, False]
+    assert all(other != HOLE for other in [None, (), {}, 0, False])
     assert repr(HOLE) == "Hole()"
     with pytest.raises(AttributeError):
         HOLE.value = 1  # type: ignore[attr-defined]  # the assignment must fail
@@ -356,7 +355,7 @@ def test_holes_survive(transform: Callable[[PyTree], PyTree]) -> None:
     assert names(merge(result, frozen)) == ["a", "b"]
 
 
-# --------------------------------------------------------------------- partition and mask
+# ------------------------------------------------------------------- partition and mask
 
 
 def is_bias(path: Any, leaf: Any) -> bool:
@@ -492,7 +491,7 @@ def one_mark_is_an_integer() -> PyTree:
 
 
 NOT_SELECTIONS = [  # where, the error, and facts that its message states
-    pytest.param("linear", ValueError, ["'linear'", "linear_0"], id="a mere prefix"),
+    pytest.param("linear", ValueError, ["'linear'"], id="a mere prefix"),
     pytest.param("inear_0*", ValueError, ["'inear_0*'"], id="anchored at the start"),
     pytest.param("*inear_", ValueError, ["'*inear_'"], id="anchored at the end"),
     pytest.param("LINEAR_1", ValueError, ["'LINEAR_1'"], id="case counts"),
@@ -534,7 +533,7 @@ NOT_SELECTIONS = [  # where, the error, and facts that its message states
         one_mark_is_an_integer(), TypeError, ["linear_1/b"], id="a mark that is no bool"
     ),
     pytest.param(
-        {"linear_0": True}, ValueError, ["linear_0"], id="bools in another structure"
+        {"linear_0": True}, ValueError, ["linear_1/b"], id="bools in another structure"
     ),
 ]
 
@@ -606,7 +605,7 @@ def test_property_partition_by_predicate(case: tuple[PyTree, set[Any]]) -> None:
 def test_property_mask_says_what_partition_does(case: tuple[PyTree, set[Any]]) -> None:
     tree, selection = case
     marks = mask(selects(selection), tree)
-    assert jax.tree.structure(marks) == jax.tree.structure(tree)
+    assert structure(marks) == structure(tree)
     assert jax.tree.leaves(marks) == [path in selection for path in paths(tree)]
     if selection and not isinstance(tree, list | tuple):
         by_marks, by_predicate = (
@@ -665,7 +664,7 @@ def test_property_patterns(case: tuple[PyTree, list[str]]) -> None:
         assert jax.tree.leaves(mask(patterns, tree)) == selected
 
 
-# --------------------------------------------------------------------------------- merge
+# -------------------------------------------------------------------------------- merge
 
 
 @pytest.mark.parametrize(
@@ -706,13 +705,16 @@ def test_merge_partial(parts: list[PyTree], union: PyTree) -> None:
 
 
 def test_merge_many_parts() -> None:
-    # More than 256, because small integers are single objects in CPython.
-    tree = dict.fromkeys(range(300), 1.0)
-    parts = []
-    for key in tree:
-        selected, _ = partition(lambda path, leaf, key=key: path[0].key == key, tree)
-        parts.append(selected)
+    tree, parts = one_part_per_leaf(300)
     assert merge(*parts) == tree
+    assert merge(*reversed(parts)) == tree
+
+
+def one_part_per_leaf(count: int) -> tuple[PyTree, list[PyTree]]:
+    """A dict of so many numbers, and the parts that hold one of them each."""
+    tree = {key: float(key) for key in range(count)}
+    holes = {key: HOLE for key in range(count)}
+    return tree, [holes | {key: number} for key, number in tree.items()]
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -863,7 +865,7 @@ def test_property_merge_refuses_one_wrong_leaf(
         merge(*broken)
 
 
-# ------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------ summary
 
 
 class Activation:
@@ -933,12 +935,9 @@ def test_summary_leaves_open_places_out() -> None:
 
 
 def test_summary_of_many_parts() -> None:
-    tree = dict.fromkeys(range(300), 1.0)
-    parts = {}
-    for key in tree:
-        selected, _ = partition(lambda path, leaf, key=key: path[0].key == key, tree)
-        parts[f"part_{key}"] = selected
-    lines = summary(**parts).splitlines()
+    _, parts = one_part_per_leaf(300)
+    labelled = {f"part_{i}": part for i, part in enumerate(parts)}
+    lines = summary(**labelled).splitlines()
     assert lines[300].split() == ["299", "()", "float32", "1", "part_299"]
     assert lines[-1].split() == ["total", "300", "1200", "100.0%"]
 
@@ -1006,7 +1005,7 @@ def test_property_summary_counts_as_numpy_does(case: tuple[PyTree, set[Any]]) ->
         assert totals[part] == [str(count), str(size)]
 
 
-# ---------------------------------------------------------------------------- warm_start
+# --------------------------------------------------------------------------- warm_start
 
 
 class Adam(NamedTuple):
@@ -1307,7 +1306,7 @@ def leaves_at(tree: PyTree, selection: set[Any]) -> list[Any]:
     return [leaf for path, leaf in pairs if path in selection]
 
 
-# --------------------------------------------------------------------------------- hoist
+# -------------------------------------------------------------------------------- hoist
 #
 # In the examples, `t` is the trainable part, `f` the frozen part and `x` the batch. hoist
 # needs only their shapes and dtypes.
@@ -1397,7 +1396,7 @@ def sorted_arrays(arrays: Any) -> list[Any]:
     return sorted((np.asarray(leaf) for leaf in arrays), key=np.ndarray.tolist)
 
 
-# .............................................................. which values are kept
+# ................................................................ which values are kept
 
 
 def test_hoist_keeps_the_features_of_a_frozen_body() -> None:
@@ -1645,7 +1644,7 @@ def test_hoist_keeps_the_boundary_between_stacked_layers() -> None:
     assert gradient.shape == (4, 6, 6)
 
 
-# .......................................................... which operations are cheap
+# ........................................................... which operations are cheap
 #
 # z = x @ f and operation(z) are both needed. If the operation is cheap, z alone is kept.
 
@@ -2031,7 +2030,7 @@ def test_hoist_rebuilds_a_long_chain_of_cheap_operations() -> None:
     assert kept_arrays(fn, T, F, X) == [FEATURES]
 
 
-# .......................................................... control flow and custom rules
+# ........................................................ control flow and custom rules
 #
 # An operation with a program of its own is hoisted as a whole, or not at all.
 
@@ -2077,8 +2076,11 @@ def with_custom_vjp(w: Any, x: Any) -> Any:
 def with_shard_map(w: Any, x: Any) -> Any:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
     rows, replicated = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-    sharded = shard_map(jnp.dot, mesh=mesh, in_specs=(rows, replicated), out_specs=rows)
-    return sharded(x, w)
+    shard_map = getattr(jax, "shard_map", None)
+    if shard_map is None:  # before JAX 0.6
+        from jax.experimental.shard_map import shard_map
+    specs = {"in_specs": (rows, replicated), "out_specs": rows}
+    return shard_map(jnp.dot, mesh=mesh, **specs)(x, w)
 
 
 CONTROL_FLOW = [  # a layer, and the primitive in its program
@@ -2173,7 +2175,7 @@ def test_hoist_keeps_the_shardings_of_a_jit() -> None:
     assert "sharding" in jax.jit(once).lower(F, X).as_text()
 
 
-# ............................................................................... effects
+# .............................................................................. effects
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -2229,7 +2231,7 @@ def test_hoist_draws_a_key_in_the_batch_once_and_one_beside_t_in_every_step() ->
     assert_close(got, want, 1e-5)
 
 
-# .............................................................................. warnings
+# ............................................................................. warnings
 
 
 def test_hoist_warns_if_it_hoists_nothing() -> None:
@@ -2270,7 +2272,7 @@ def test_hoist_warns_if_a_position_embedding_trains_and_keeps_the_ids() -> None:
     assert kept_arrays(fn, *args) == ["int32[8]"]
 
 
-# .............................................................. once and rest as functions
+# ........................................................... once and rest as functions
 
 
 def run_eagerly(step: Any, xs: Any) -> Any:
@@ -2386,8 +2388,8 @@ def test_hoist_saves_the_products_of_the_frozen_layers() -> None:
     kept = jax.eval_shape(once, frozen, x, y)
 
     def flops(fn: Any, *args: Any) -> float:
-        analysis = jax.jit(jax.grad(fn)).lower(*args).compile().cost_analysis()
-        return float(analysis["flops"])
+        program: Any = jax.jit(jax.grad(fn)).lower(*args).compile()
+        return float(program.cost_analysis()["flops"])
 
     head = 2 * (
         2 * 64 * 256 * 10
@@ -2397,7 +2399,7 @@ def test_hoist_saves_the_products_of_the_frozen_layers() -> None:
     assert head <= flops(rest, trainable, frozen, kept) < 2 * head
 
 
-# ................................................................................ errors
+# ............................................................................... errors
 
 
 @pytest.mark.parametrize(
@@ -2491,7 +2493,7 @@ def test_hoisted_functions_refuse_another_weak_type(
         rest(t, f, once(f, x))
 
 
-# ............................................................. property: the minimum cut
+# ............................................................ property: the minimum cut
 #
 # Random programs of one-dimensional arrays. What hoist keeps of a program is compared with
 # the best of all sets of values, found by trying them all.
@@ -2611,8 +2613,9 @@ class Classes(NamedTuple):
 
 
 def classify(program: Program) -> Classes:
-    late, early, rebuildable = {TRAINABLE}, {BATCH_0, BATCH_1}, set()
-    costly_weights = set()  # made of weights alone, by a costly operation
+    late, early = {TRAINABLE}, {BATCH_0, BATCH_1}
+    rebuildable: set[int] = set()
+    costly_weights: set[int] = set()  # made of weights alone, by a costly operation
     for number, step in enumerate(program.steps, start=4):
         inputs = set(step.inputs)
         is_costly = step.operation in COSTLY or bool(inputs & costly_weights)
@@ -2680,7 +2683,7 @@ def test_property_hoist_keeps_a_minimum_cut(program: Program) -> None:
     assert_close(hoisted, value_and_gradient(program, t, f, *batch), 1e-5)
 
 
-# ....................................................... property: value and gradient
+# ......................................................... property: value and gradient
 #
 # Random programs of 3 x 3 matrices whose operations use every part of JAX. Comparisons are
 # with odd numbers, because another order of rounding must not change their outcome.
@@ -2896,7 +2899,7 @@ def test_property_hoist_changes_no_value_and_no_gradient(
     assert_close(hoisted, direct, 1e-3)
 
 
-# ---------------------------------------------------------------------------------- init
+# --------------------------------------------------------------------------------- init
 
 
 def test_init_draws_truncated_normals_of_variance_one_over_fan_in() -> None:
@@ -2938,7 +2941,7 @@ def test_init_refuses(sizes: Any, fact: str) -> None:
         init(jax.random.key(0), sizes)
 
 
-# --------------------------------------------------------------------------------- apply
+# -------------------------------------------------------------------------------- apply
 
 
 def numpy_logits(params: PyTree, x: Any) -> Any:
@@ -3005,7 +3008,7 @@ def test_apply_refuses(params: PyTree, x: Any, facts: list[str]) -> None:
         apply(params, x)
 
 
-# ------------------------------------------------------------------------------- loss_fn
+# ------------------------------------------------------------------------------ loss_fn
 
 
 def numpy_loss(params: PyTree, x: Any, y: Any) -> float:
@@ -3093,7 +3096,7 @@ def numpy_loss_without(params: PyTree, excluded: int) -> float:
         "b": np.delete(params["linear_2"]["b"], excluded),
         "w": np.delete(params["linear_2"]["w"], excluded, axis=1),
     }
-    labels = LABELS - (LABELS > excluded)
+    labels = np.where(LABELS > excluded, LABELS - 1, LABELS)
     return numpy_loss(params | {"linear_2": last}, INPUTS, labels)
 
 
@@ -3124,9 +3127,10 @@ def test_loss_fn_refuses_labels(
     y: Any, error: type[Exception], facts: list[str]
 ) -> None:
     trainable, frozen = partition("linear_1", PARAMS)
-    for function in [loss_fn, train_step]:
-        with raises(error, *facts):
-            function(trainable, frozen, INPUTS, y)
+    with raises(error, *facts):
+        loss_fn(trainable, frozen, INPUTS, y)
+    with raises(error, *facts):
+        train_step(trainable, frozen, INPUTS, y)
 
 
 def test_loss_fn_refuses_the_same_part_twice() -> None:
@@ -3135,7 +3139,7 @@ def test_loss_fn_refuses_the_same_part_twice() -> None:
         loss_fn(trainable, trainable, INPUTS, LABELS)
 
 
-# ------------------------------------------------------------------------------ sgd_step
+# ----------------------------------------------------------------------------- sgd_step
 
 
 @pytest.mark.parametrize(
@@ -3222,7 +3226,7 @@ def test_sgd_step_refuses(
         sgd_step(params, grads, lr)
 
 
-# ---------------------------------------------------------------------------- train_step
+# --------------------------------------------------------------------------- train_step
 
 
 @pytest.mark.parametrize("where", ["linear_0", "linear_1", "linear_2", "*/b", "*"])
@@ -3255,7 +3259,7 @@ def test_train_step_donates_nothing() -> None:
 def test_train_step_that_donates_deletes_only_the_trainable_leaves() -> None:
     params = jax.device_put(PARAMS)
     trainable, frozen = partition("linear_2", params)
-    donating = jax.jit(train_step.__wrapped__, donate_argnums=0)
+    donating = jax.jit(inspect.unwrap(train_step), donate_argnums=0)
     donating(trainable, frozen, INPUTS, LABELS)
     deleted = [name for name, leaf in named(params).items() if leaf.is_deleted()]
     assert deleted == ["linear_2/b", "linear_2/w"]
@@ -3367,7 +3371,7 @@ def test_train_step_refuses_leaves_that_are_not_floating(
         jax.eval_shape(train_step, trainable, frozen, INPUTS, LABELS)
 
 
-# --------------------------------------------------------------------------------- train
+# -------------------------------------------------------------------------------- train
 
 
 def batches() -> tuple[Any, Any]:
@@ -3423,13 +3427,15 @@ def test_train_refuses(xs: Any, ys: Any, facts: list[str]) -> None:
         train(trainable, frozen, xs, ys)
 
 
-# ------------------------------------------------------------------------------- dataset
+# ------------------------------------------------------------------------------ dataset
 
 
 def test_dataset_shapes_and_dtypes() -> None:
     xs, ys = dataset(jax.random.key(0), 200, batch_size=7, num_classes=9)
-    assert (xs.shape, xs.dtype) == ((200, 7, 1), "float32")
-    assert (ys.shape, ys.dtype) == ((200, 7), "int32")
+    assert xs.shape == (200, 7, 1)
+    assert xs.dtype == jnp.float32
+    assert ys.shape == (200, 7)
+    assert ys.dtype == jnp.int32
     np.testing.assert_array_equal(xs[..., 0], ys)
 
 
@@ -3467,7 +3473,7 @@ def test_dataset_refuses(sizes: list[Any], facts: list[str]) -> None:
         dataset(jax.random.key(0), *sizes)
 
 
-# ---------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------- main
 
 
 def run_main(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
@@ -3780,7 +3786,7 @@ def test_a_copy_in_a_package_needs_jax_and_numpy_alone(tmp_path: Path) -> None:
     assert done.stdout == f"['linear_0', 'linear_1'] {minifreeze.__version__}\n"
 
 
-# ------------------------------------------------------- situations from public bug reports
+# --------------------------------------------------- situations from public bug reports
 
 
 def test_report_lora_step_sends_only_the_gradients_of_the_adapters() -> None:
@@ -3819,7 +3825,7 @@ def all_reduced_bytes(layer_fn: Any) -> int:
     rows = sharding_of_rows(8)
     replicated = jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
     step = jax.jit(lora_gradient(layer_fn), in_shardings=(replicated, replicated, rows))
-    program = step.lower(*lora_parts(), array(16, 64)).compile().as_text()
+    program = str(step.lower(*lora_parts(), array(16, 64)).compile().as_text())
     total = 0
     for result in re.findall(r"= (.*) all-reduce\(", program):
         for shape in re.findall(r"f32\[([\d,]*)\]", result):
@@ -3831,7 +3837,8 @@ def all_reduced_bytes(layer_fn: Any) -> int:
 def test_report_lora_step_needs_no_memory_of_the_size_of_the_base() -> None:
     # quax #28, jax #23316
     step = jax.jit(lora_gradient(lora))
-    memory = step.lower(*lora_parts(), array(1, 64)).compile().memory_analysis()
+    program: Any = step.lower(*lora_parts(), array(1, 64)).compile()
+    memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < 64 * 64 * 4
 
 
