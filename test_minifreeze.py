@@ -2933,18 +2933,18 @@ def test_init_with_an_old_key_and_sizes_of_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "fact"),
+    ("sizes", "facts"),
     [
-        pytest.param([3], "3", id="one size"),
-        pytest.param([], "[]", id="none"),
-        pytest.param([3, 0, 2], "0", id="zero"),
-        pytest.param([3, -1], "-1", id="negative"),
-        pytest.param([3.5, 2], "3.5", id="a float"),
-        pytest.param([3, True], "True", id="a bool"),
+        pytest.param([30], ["30"], id="one size"),
+        pytest.param([], ["[]"], id="no size"),
+        pytest.param([3, 0, 2], [], id="zero"),
+        pytest.param([3, -17], ["-17"], id="negative"),
+        pytest.param([3.5, 2], ["3.5"], id="a float"),
+        pytest.param([3, True], ["True"], id="a bool"),
     ],
 )
-def test_init_refuses(sizes: Any, fact: str) -> None:
-    with raises(ValueError, fact):
+def test_init_refuses(sizes: Any, facts: list[str]) -> None:
+    with raises(ValueError, *facts):
         init(jax.random.key(0), sizes)
 
 
@@ -2989,13 +2989,13 @@ def with_layer(name: str, **leaves: Any) -> PyTree:
 @pytest.mark.parametrize(
     ("params", "x", "facts"),
     [
-        pytest.param(PARAMS, normal(4, 2), ["linear_0", "3", "(4, 2)"], id="x narrow"),
-        pytest.param(PARAMS, normal(4, 5), ["linear_0", "3", "(4, 5)"], id="x wide"),
+        pytest.param(PARAMS, normal(4, 2), ["linear_0", "(4, 2)"], id="x narrow"),
+        pytest.param(PARAMS, normal(4, 5), ["linear_0", "(4, 5)"], id="x wide"),
         pytest.param(PARAMS, np.float32(1), ["linear_0", "()"], id="x a number"),
         pytest.param(
             with_layer("linear_1", w=normal(5, 6)),
             INPUTS,
-            ["linear_1", "5"],
+            ["linear_1", "(4, 6)"],
             id="inner width",
         ),
         pytest.param(
@@ -3090,9 +3090,9 @@ def test_loss_fn_in_float16_does_not_overflow(count: int) -> None:
 
 def test_loss_fn_with_a_logit_of_minus_infinity_for_another_class() -> None:
     params = with_layer("linear_2", b=vector(0, 0, -math.inf, 0, 0))
-    loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(
-        *partition("linear_2", params), INPUTS, LABELS
-    )
+    trainable, frozen = partition("linear_2", params)
+    loss_and_gradient = jax.jit(jax.value_and_grad(loss_fn))
+    loss, gradient = loss_and_gradient(trainable, frozen, INPUTS, LABELS)
     np.testing.assert_allclose(loss, numpy_loss_without(params, 2), rtol=1e-5)
     assert np.isfinite(gradient["linear_2"]["b"]).all()
 
@@ -3293,8 +3293,9 @@ def test_train_step_is_traced_once_per_frozen_set() -> None:
 
 def test_train_step_has_no_frozen_array_in_its_program() -> None:
     trainable, frozen = partition("linear_2", PARAMS)
-    program = train_step.lower(trainable, frozen, INPUTS, LABELS).as_text()
-    assert "dense<" not in re.sub(r"dense<[^>]{,20}> : tensor<\w*>", "", program)
+    program = jax.make_jaxpr(train_step)(trainable, frozen, INPUTS, LABELS)
+    assert program.consts == []
+    assert len(program.in_avals) == 6 + 2  # the leaves of the network, and the batch
 
 
 def test_train_step_sees_a_changed_frozen_part() -> None:
@@ -3316,9 +3317,8 @@ def test_train_step_keeps_every_dtype(half: str) -> None:
     params = merge(as_dtype(bfloat16, jnp.bfloat16), float32)
     trainable, frozen = partition("linear_2", params)
     after, _ = train_step(trainable, frozen, INPUTS, LABELS, jnp.float32(0.1))
-    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [
-        leaf.dtype for leaf in jax.tree.leaves(trainable)
-    ]
+    for leaf, before in zip(jax.tree.leaves(after), jax.tree.leaves(trainable)):
+        assert leaf.dtype == before.dtype
 
 
 @pytest.fixture(params=["x64", "strict dtypes", "strict ranks", "no jit", "debug nans"])
@@ -3367,7 +3367,9 @@ def test_hoist_under_strict_settings() -> None:
         pytest.param(
             as_dtype(PARAMS, np.complex64), ["linear_0/b", "complex64"], id="complex"
         ),
-        pytest.param({"key": array(dtype="uint32")}, ["'key'"], id="a key"),
+        pytest.param(
+            {"key": jax.eval_shape(jax.random.key, 0)}, ["'key'"], id="a random key"
+        ),
     ],
 )
 def test_train_step_refuses_leaves_that_are_not_floating(
@@ -3402,10 +3404,9 @@ def test_train_is_train_step_in_a_loop() -> None:
 def test_train_with_two_batch_axes() -> None:
     trainable, frozen = partition("linear_1", PARAMS)
     xs, ys = batches()
-    two_axes = xs.reshape(6, 2, 2, 3), ys.reshape(6, 2, 2)
-    assert_close(
-        train(trainable, frozen, *two_axes), train(trainable, frozen, xs, ys), 1e-5
-    )
+    one_axis = train(trainable, frozen, xs, ys)
+    two_axes = train(trainable, frozen, xs.reshape(6, 2, 2, 3), ys.reshape(6, 2, 2))
+    assert_close(two_axes, one_axis, 1e-5)
 
 
 def test_train_is_traced_once_per_frozen_set() -> None:
@@ -3467,8 +3468,8 @@ def test_dataset_depends_on_the_key() -> None:
 @pytest.mark.parametrize(
     ("sizes", "facts"),
     [
-        pytest.param([-1], ["num_records", "-1"], id="no records"),
-        pytest.param([5, 0], ["batch_size", "0"], id="empty batches"),
+        pytest.param([-1], ["num_records"], id="no records"),
+        pytest.param([5, 0], ["batch_size"], id="empty batches"),
         pytest.param([5, 2, 2.5], ["num_classes", "2.5"], id="a float"),
         pytest.param(
             [5, 11], ["batch_size", "11", "10"], id="more than there are classes"
