@@ -376,7 +376,8 @@ def is_matrix(path: Any, leaf: Any) -> Any:
     return np.bool_(leaf.ndim == 2)
 
 
-SELECTIONS = [  # where, and the names of the leaves of LAYERS that it selects
+# Of each case: where, and the names of the leaves of LAYERS that it selects.
+SELECTIONS = [
     pytest.param("linear_0/b", ["linear_0/b"], id="a full name"),
     pytest.param("linear_1", ["linear_1/b", "linear_1/w"], id="a name, not a prefix"),
     pytest.param(
@@ -500,56 +501,75 @@ def one_mark_is_an_integer() -> PyTree:
     return all_false() | {"linear_1": {"b": 1, "w": True}}
 
 
-NOT_SELECTIONS = [  # where, the error, and facts that its message states
-    pytest.param("linear", ValueError, ["'linear'"], id="a mere prefix"),
-    pytest.param("inear_0*", ValueError, ["'inear_0*'"], id="anchored at the start"),
-    pytest.param("*inear_", ValueError, ["'*inear_'"], id="anchored at the end"),
-    pytest.param("LINEAR_1", ValueError, ["'LINEAR_1'"], id="case counts"),
-    pytest.param(
-        ["linear_1", "*/bias"],
-        ValueError,
-        ["'*/bias'"],
-        id="one of two matches nothing",
-    ),
-    pytest.param(
-        ["linear_1", "!*/bias"], ValueError, ["'!*/bias'"], id="excludes nothing"
-    ),
-    pytest.param(
-        "linear_1/w/0", ValueError, ["'linear_1/w'", "(3, 3)"], id="below a leaf"
-    ),
-    pytest.param("", ValueError, ["''"], id="the empty pattern"),
-    pytest.param(["*", "!"], ValueError, ["'!'"], id="the empty exclusion"),
-    pytest.param([], ValueError, ["empty"], id="empty list"),
-    pytest.param((), ValueError, ["empty"], id="empty tuple"),
-    pytest.param(
-        ["linear_0", "!*"], ValueError, ["linear_10/w"], id="everything excluded again"
-    ),
-    pytest.param(never, ValueError, ["linear_10/w"], id="predicate selects nothing"),
-    pytest.param(all_false(), ValueError, ["linear_10/w"], id="bools select nothing"),
-    pytest.param(
-        returns_none_at_w, TypeError, ["'linear_0/w'", "None"], id="answer None"
-    ),
-    pytest.param(returns_text, TypeError, ["'linear_0/b'", "str"], id="answer 'no'"),
-    pytest.param(returns_one, TypeError, ["'linear_0/b'", "int"], id="answer 1"),
-    pytest.param(
-        returns_array, TypeError, ["'linear_0/b'", "ndarray"], id="answer an array"
-    ),
-    pytest.param(
-        divides_by_zero, ZeroDivisionError, [], id="the predicate's own error"
-    ),
-    pytest.param(None, TypeError, ["None"], id="None"),
-    pytest.param(["linear_1", 2], TypeError, ["2"], id="a list of text and numbers"),
-    pytest.param(
-        one_mark_is_an_integer(), TypeError, ["linear_1/b"], id="a mark that is no bool"
-    ),
-    pytest.param(
-        {"linear_0": True}, ValueError, ["linear_1/b"], id="bools in another structure"
-    ),
-]
-
-
 @pytest.mark.parametrize("function", [partition, mask])
-@pytest.mark.parametrize(("where", "error", "facts"), NOT_SELECTIONS)
+@pytest.mark.parametrize(
+    ("where", "error", "facts"),
+    [
+        pytest.param("linear", ValueError, ["'linear'"], id="a mere prefix"),
+        pytest.param(
+            "inear_0*", ValueError, ["'inear_0*'"], id="anchored at the start"
+        ),
+        pytest.param("*inear_", ValueError, ["'*inear_'"], id="anchored at the end"),
+        pytest.param("LINEAR_1", ValueError, ["'LINEAR_1'"], id="case counts"),
+        pytest.param(
+            ["linear_1", "*/bias"],
+            ValueError,
+            ["'*/bias'"],
+            id="one of two matches nothing",
+        ),
+        pytest.param(
+            ["linear_1", "!*/bias"], ValueError, ["'!*/bias'"], id="excludes nothing"
+        ),
+        pytest.param(
+            "linear_1/w/0", ValueError, ["'linear_1/w'", "(3, 3)"], id="below a leaf"
+        ),
+        pytest.param("", ValueError, ["''"], id="the empty pattern"),
+        pytest.param(["*", "!"], ValueError, ["'!'"], id="the empty exclusion"),
+        pytest.param([], ValueError, ["empty"], id="empty list"),
+        pytest.param((), ValueError, ["empty"], id="empty tuple"),
+        pytest.param(
+            ["linear_0", "!*"],
+            ValueError,
+            ["linear_10/w"],
+            id="everything excluded again",
+        ),
+        pytest.param(
+            never, ValueError, ["linear_10/w"], id="predicate selects nothing"
+        ),
+        pytest.param(
+            all_false(), ValueError, ["linear_10/w"], id="bools select nothing"
+        ),
+        pytest.param(
+            returns_none_at_w, TypeError, ["'linear_0/w'", "None"], id="answer None"
+        ),
+        pytest.param(
+            returns_text, TypeError, ["'linear_0/b'", "str"], id="answer 'no'"
+        ),
+        pytest.param(returns_one, TypeError, ["'linear_0/b'", "int"], id="answer 1"),
+        pytest.param(
+            returns_array, TypeError, ["'linear_0/b'", "ndarray"], id="answer an array"
+        ),
+        pytest.param(
+            divides_by_zero, ZeroDivisionError, [], id="the predicate's own error"
+        ),
+        pytest.param(None, TypeError, ["None"], id="None"),
+        pytest.param(
+            ["linear_1", 2], TypeError, ["2"], id="a list of text and numbers"
+        ),
+        pytest.param(
+            one_mark_is_an_integer(),
+            TypeError,
+            ["linear_1/b"],
+            id="a mark that is no bool",
+        ),
+        pytest.param(
+            {"linear_0": True},
+            ValueError,
+            ["linear_1/b"],
+            id="bools in another structure",
+        ),
+    ],
+)
 def test_partition_refuses(
     function: Any, where: Any, error: type[Exception], facts: list[str]
 ) -> None:
@@ -2052,7 +2072,8 @@ def with_shard_map(w: Any, x: Any) -> Any:
     return shard_map(jnp.dot, mesh=mesh, **specs)(x, w)
 
 
-CONTROL_FLOW = [  # a layer, and the primitive in its program
+# Of each case: a layer, and the primitive in its program.
+CONTROL_FLOW = [
     pytest.param(with_scan, "scan[", id="scan"),
     pytest.param(with_while, "while[", id="while"),
     pytest.param(with_cond, "cond[", id="cond"),
@@ -2227,6 +2248,7 @@ def test_hoist_warns_if_it_hoists_nothing() -> None:
     with pytest.warns(UserWarning, match="^hoist") as caught:
         hoist(fn, array(4), F, X)
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # it points to the call of hoist
     assert "\n" not in str(caught[0].message)
 
 
