@@ -3644,6 +3644,7 @@ def fake_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Figure = FakeFigure  # type: ignore[attr-defined]  # modules take any attribute
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    monkeypatch.setattr(FakeFigure, "saved", None)
 
 
 @pytest.mark.usefixtures("fake_matplotlib")
@@ -3661,17 +3662,19 @@ def test_plot_draws_every_parameter_before_and_after(tmp_path: Path) -> None:
     after = merge(trainable, frozen)
 
     assert FakeFigure.saved is not None
-    for row, params, label in zip(
-        FakeFigure.saved.axes, [before, after], ["before", "after"]
-    ):
-        for axes, (name, leaf) in zip(row, named(params).items(), strict=True):
-            state = "frozen" if name in names(frozen) else "trainable"
-            assert axes.labels["title"] == f"{name}\n{state}"
-            assert axes.labels["xlabel"] == label
-            np.testing.assert_array_equal(axes.picture, np.atleast_2d(leaf))
+    row_before, row_after = FakeFigure.saved.axes
+    assert len(row_before) == len(names(before))
+    for i, name in enumerate(names(before)):
+        above, below = row_before[i], row_after[i]
+        np.testing.assert_array_equal(above.picture, np.atleast_2d(named(before)[name]))
+        np.testing.assert_array_equal(below.picture, np.atleast_2d(named(after)[name]))
 
-    # Both pictures of a parameter have one scale, with zero in its middle.
-    for above, below in zip(*FakeFigure.saved.axes):
+        state = "frozen" if name in names(frozen) else "trainable"
+        assert above.labels["title"] == below.labels["title"] == f"{name}\n{state}"
+        assert above.labels["xlabel"] == "before"
+        assert below.labels["xlabel"] == "after"
+
+        # Both pictures have one scale, with zero in its middle.
         largest = max(np.abs(above.picture).max(), np.abs(below.picture).max())
         largest = largest or 1.0  # a parameter that is all zeros
         assert above.limits == below.limits == (-largest, largest)
@@ -3755,6 +3758,13 @@ def test_docstring_examples(name: str) -> None:
     assert failed_examples(minifreeze, name) == 0
 
 
+@pytest.mark.parametrize(
+    "function", [partition, mask, merge, summary, warm_start, hoist]
+)
+def test_docstring_has_an_example(function: Any) -> None:
+    assert ">>>" in function.__doc__
+
+
 def test_the_tool_alone_up_to_the_banner(tmp_path: Path) -> None:
     text = Path(minifreeze.__file__).read_text(encoding="utf-8")
     tool_text, _ = re.split(r"(?m)^# .*the walk-through.*$", text, maxsplit=1)
@@ -3769,9 +3779,8 @@ def test_public_names_are_in_the_order_of_the_file() -> None:
     assert minifreeze.__all__ == TOOL + WALK_THROUGH
     text = Path(minifreeze.__file__).read_text(encoding="utf-8")
     defined = re.findall(r"(?m)^(?:def|class) ([A-Za-z]\w*)", text)
-    assert [
-        name for name in defined if name in minifreeze.__all__
-    ] == minifreeze.__all__
+    public = [name for name in defined if name in minifreeze.__all__]
+    assert public == minifreeze.__all__
 
 
 COPIED_INTO_A_PACKAGE = """
