@@ -584,6 +584,11 @@ def test_partition_refuses_arguments_in_the_wrong_order() -> None:
         partition(Layer(1, 2), "w")
 
 
+def test_partition_refuses_a_pattern_if_there_are_no_leaves() -> None:
+    with raises(ValueError, "'*'"):
+        partition("*", {"a": None})
+
+
 def test_partition_lists_the_ten_nearest_names_of_a_typo() -> None:
     tree = {f"block_{i}": {"attention": {"w": i}, "norm": i} for i in range(20)}
     with pytest.raises(ValueError, match="40") as caught:
