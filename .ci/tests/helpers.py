@@ -75,6 +75,11 @@ def assert_close(got: PyTree, want: PyTree, tolerance: float = 1e-6) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def all_finite(tree: PyTree) -> bool:
+    """Whether no leaf holds an infinity or a NaN."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def nbytes(tree: PyTree) -> int:
     """Returns the bytes of all arrays in a tree, abstract or not."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
