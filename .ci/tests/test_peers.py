@@ -423,17 +423,6 @@ def test_pitfall_donating_the_trainable_part_deletes_the_original(
     assert deleted == HEAD
 
 
-def test_no_function_of_minifreeze_donates_its_arguments(
-    params: Params, x: Array, y: Array
-) -> None:
-    trainable, frozen = mf.partition("linear_2", params)
-    mf.train_step(trainable, frozen, x, y)
-    mf.train(trainable, frozen, x[None], y[None])
-    once, rest = mf.hoist(mf.loss_fn, trainable, frozen, x, y)
-    rest(trainable, frozen, once(frozen, x, y))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-
-
 def test_hole_error_optimizer_state_of_all_parameters(params: Params) -> None:
     optimizer = optax.adam(1e-3)
     trainable, _ = mf.partition("linear_2", params)

@@ -2,17 +2,12 @@
 """Situations from public bug reports, each with the right result.
 
 The reports come from other projects. Each test names them, as `project #number`.
+Situations that need only jax and numpy are in test_minifreeze.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -30,14 +25,11 @@ from helpers import (
     PyTree,
     all_finite,
     assert_close,
-    named,
     nbytes,
     random_mlp,
     same_bits,
     take_steps,
 )
-
-FOLDER = Path(__file__).resolve().parent
 
 
 def cross_entropy(logits: Array, y: Array) -> Array:
@@ -88,29 +80,6 @@ def test_a_chain_can_be_restored_when_both_sides_have_the_same_indices(
     assert scale.count == 50
 
 
-def blocks(count: int) -> Params:
-    return {f"block_{i}": {"w": jnp.full(2, float(i))} for i in range(count)}
-
-
-def test_twelve_layers_do_not_fill_sixteen() -> None:
-    with pytest.raises(ValueError, match="block_15/w"):
-        mf.warm_start(blocks(16), blocks(12))
-
-
-def test_sixteen_layers_do_not_fit_into_twelve() -> None:
-    with pytest.raises(ValueError, match="block_15/w"):
-        mf.warm_start(blocks(12), blocks(16))
-
-
-def test_a_renamed_body_is_refused_although_one_leaf_is_shared() -> None:
-    """maxtext #4341."""
-    new = {"encoder": {"w": jnp.zeros(2)}, "head": {"w": jnp.zeros(3)}}
-    old = {"body": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(3)}}
-    with pytest.raises(ValueError, match="encoder/w") as error:
-        mf.warm_start(new, old)
-    assert "body/w" in str(error.value)
-
-
 def test_parameters_in_flaxs_boxes_do_not_match_plain_ones() -> None:
     initializer = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
     boxed = nn.Dense(5, kernel_init=initializer).init(jax.random.key(0), jnp.ones(3))
@@ -118,22 +87,6 @@ def test_parameters_in_flaxs_boxes_do_not_match_plain_ones() -> None:
     with pytest.raises(ValueError, match="params/kernel/value"):
         mf.warm_start(plain, boxed)
     assert same_bits(mf.warm_start(plain, nn.unbox(boxed)), plain)
-
-
-def test_a_flat_checkpoint_fills_a_nested_tree(params: Params) -> None:
-    """The keys of npz files and safetensors are names such as "linear_0/w"."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    assert same_bits(mf.warm_start(zeros, named(params)), params)
-
-
-def test_a_head_of_another_size_keeps_its_new_value() -> None:
-    new, old = random_mlp([3, 6, 10]), random_mlp([4, 6, 1000])
-    old["linear_0"] = {"w": jnp.ones((3, 6)), "b": jnp.ones(6)}
-    with pytest.raises(ValueError, match=r"linear_1/w.*1000"):
-        mf.warm_start(new, old)
-    started = mf.warm_start(new, old, fresh="linear_1")
-    assert same_bits(started["linear_0"], old["linear_0"])
-    assert same_bits(started["linear_1"], new["linear_1"])
 
 
 # ------------------------------------------------------------------------- LoRA
@@ -145,13 +98,6 @@ def adapted(trainable: PyTree, frozen: PyTree, x: Array) -> Any:
         a = adapter["a"].astype(w.dtype)
         b = adapter["b"].astype(w.dtype)
         x = jnp.tanh(x @ w + (x @ a) @ b)
-    return jnp.mean((x - 0.5) ** 2)
-
-
-def merged(trainable: PyTree, frozen: PyTree, x: Array) -> Any:
-    """The same layers with the adapters added to the weights."""
-    for adapter, w in zip(trainable, frozen):
-        x = jnp.tanh(x @ (w + adapter["a"] @ adapter["b"]))
     return jnp.mean((x - 0.5) ** 2)
 
 
@@ -168,52 +114,6 @@ def lora_parts(width: int, dtype: str) -> tuple[PyTree, PyTree]:
     return trainable, frozen
 
 
-@pytest.fixture(scope="module")
-def on_eight_devices() -> Any:
-    """The results of on_eight_devices.py."""
-    program = [sys.executable, str(FOLDER / "on_eight_devices.py")]
-    import_path = os.pathsep.join([str(FOLDER.parent.parent), str(FOLDER)])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": import_path}
-    # Collectives are counted in the program as XLA compiles it by default.
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
-    done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_lora_on_eight_devices_all_reduces_the_adapters_alone(
-    on_eight_devices: Any,
-) -> None:
-    """keras #19496. Three layers of 256 x 256, adapters of rank 4, float32."""
-    adapters = 3 * (256 * 4 + 4 * 256) * 4
-    assert on_eight_devices["adapted activations"] == adapters
-    base = 3 * 256 * 256 * 4
-    assert on_eight_devices["merged weights"] == base
-
-
-def test_hoist_on_eight_devices_keeps_the_batch_sharded(on_eight_devices: Any) -> None:
-    """64 records: each device keeps the features and the labels of eight."""
-    assert on_eight_devices["hoist"]["rows"] == [8, 8]
-    assert on_eight_devices["hoist"]["difference"] < 1e-6
-
-
-def test_the_gradient_of_adapters_needs_no_temporary_as_large_as_the_base(
-    optimised: None,
-) -> None:
-    """quax #28, jax #23316."""
-    trainable, frozen = lora_parts(512, "float32")
-    x = jnp.ones((8, 512))
-
-    def temporary_bytes(loss: Callable[..., Any]) -> int:
-        compiled = jax.jit(jax.grad(loss)).lower(trainable, frozen, x).compile()
-        memory: Any = compiled.memory_analysis()
-        return int(memory.temp_size_in_bytes)
-
-    one_weight = nbytes(frozen[0])
-    assert temporary_bytes(adapted) < one_weight
-    assert temporary_bytes(merged) >= one_weight  # the control
-
-
 def test_float32_adapters_train_on_a_float16_base() -> None:
     """needle #53: float16 adapters become NaN."""
     trainable, frozen = lora_parts(16, "float16")
@@ -226,42 +126,6 @@ def test_float32_adapters_train_on_a_float16_base() -> None:
     assert all_finite(after)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(after)} == {"float32"}
     assert adapted(after, frozen, x) < adapted(trainable, frozen, x) / 2
-
-
-# ---------------------------------------------------------------- frozen as an argument
-
-
-def large_constants(program: str) -> list[str]:
-    """Returns the matrices that stand in the text of a program as constants."""
-    return re.findall(r"stablehlo\.constant dense<.*tensor<(\d+x\d+xf32)>", program)
-
-
-def test_a_jitted_step_has_no_weights_in_its_program_text(
-    x: Array, y: Array, params: Params
-) -> None:
-    """jax #10596."""
-    trainable, frozen = mf.partition("linear_2", params)
-    program = mf.train_step.lower(trainable, frozen, x, y).as_text()
-    constants = large_constants(program)
-    assert "3x6xf32" not in constants
-    assert "6x6xf32" not in constants
-
-
-def test_a_jitted_step_sees_a_changed_frozen_part(
-    x: Array, y: Array, params: Params
-) -> None:
-    trainable, frozen = mf.partition("linear_2", params)
-    _, loss = mf.train_step(trainable, frozen, x, y)
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, frozen)
-    _, new_loss = mf.train_step(trainable, doubled, x, y)
-
-    features = x
-    for layer in ("linear_0", "linear_1"):
-        w, b = params[layer]["w"], params[layer]["b"]
-        features = jnp.maximum(features @ (2 * w) + 2 * b, 0)
-    logits = features @ params["linear_2"]["w"] + params["linear_2"]["b"]
-    np.testing.assert_allclose(new_loss, cross_entropy(logits, y), rtol=1e-5)
-    assert new_loss != loss
 
 
 # ------------------------------------------------------------- layers stacked in a leaf
@@ -302,16 +166,6 @@ def test_stacked_layers_cut_in_two_have_the_gradients_of_the_late_ones(
     assert_close(gradient(late, early, x), jax.grad(unrolled)(stacked)[5:], 1e-5)
     program = str(jax.make_jaxpr(gradient)(late, early, x))
     assert program.count("f32[5,6,6]") == 1  # the argument, and no gradient
-
-
-def test_hoist_keeps_the_boundary_between_stacked_layers(stacked: Array) -> None:
-    x = jnp.linspace(-1, 1, 24).reshape(4, 6)
-    late, early = stacked[5:], stacked[:5]
-    once, rest = mf.hoist(stacked_loss, late, early, x)
-    (boundary,) = jax.jit(once)(early, x)
-    assert_close(boundary, scan_layers(early, x))
-    hoisted = jax.value_and_grad(rest)(late, early, (boundary,))
-    assert_close(hoisted, jax.value_and_grad(stacked_loss)(late, early, x), 1e-5)
 
 
 # --------------------------------------------------------------- optimizers of a part
@@ -412,7 +266,7 @@ def test_lbfgs_treats_a_part_as_a_list_of_its_leaves(
     assert loss(of_part) < loss(trainable) / 2
 
 
-# ------------------------------------------------------ the loss at the edge of a dtype
+# --------------------------------------------------------------- the loss against optax
 
 
 def test_uint8_labels_of_more_than_256_classes() -> None:
@@ -426,22 +280,6 @@ def test_uint8_labels_of_more_than_256_classes() -> None:
     np.testing.assert_allclose(mf.loss_fn(trainable, nothing, x, y), expected, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [28_000, 70_000])
-def test_the_mean_over_many_rows_does_not_overflow_in_float16(rows: int) -> None:
-    """A loss near 3: its sum over the rows is above 65,504, the largest float16."""
-    params = random_mlp([3, 20])
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
-    x = jnp.ones((rows, 3), jnp.float16)
-    y = jnp.arange(rows) % 20
-    trainable, nothing = mf.partition("*", half)
-    logits = mf.apply(half, x).astype(jnp.float32)
-    loss = mf.loss_fn(trainable, nothing, x, y)
-    assert loss.dtype == jnp.float16
-    expected = cross_entropy(logits, y)
-    assert rows * expected > 65_504
-    np.testing.assert_allclose(loss, expected, 2e-3)
-
-
 def test_a_logit_of_minus_infinity_for_another_class(x: Array, params: Params) -> None:
     params = {**params, "linear_2": dict(params["linear_2"])}
     params["linear_2"]["b"] = params["linear_2"]["b"].at[0].set(-jnp.inf)
@@ -450,26 +288,6 @@ def test_a_logit_of_minus_infinity_for_another_class(x: Array, params: Params) -
     loss, grads = jax.value_and_grad(mf.loss_fn)(trainable, frozen, x, y)
     np.testing.assert_allclose(loss, cross_entropy(mf.apply(params, x), y), 1e-6)
     assert all_finite(grads)
-
-
-def test_gradients_per_example_are_optaxs(params: Params, x: Array, y: Array) -> None:
-    trainable, frozen = mf.partition("linear_2", params)
-    per_example = jax.vmap(jax.grad(mf.loss_fn), in_axes=(None, None, 0, 0))
-    grads = per_example(trainable, frozen, x, y)
-
-    def optax_loss(head: PyTree, x: Array, y: Array) -> Array:
-        return cross_entropy(mf.apply({**params, "linear_2": head}, x), y)
-
-    expected = [jax.grad(optax_loss)(params["linear_2"], *row) for row in zip(x, y)]
-    for i, expected_grads in enumerate(expected):
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], grads["linear_2"])
-        assert_close(row, expected_grads)
-
-
-def test_a_learning_rate_that_would_change_the_shape_is_refused(params: Params) -> None:
-    rates = jnp.ones((2, 1, 1))
-    with pytest.raises(ValueError, match=r"linear_0/[bw]"):
-        mf.sgd_step(params, params, lr=rates)
 
 
 # ------------------------------------------------------------------------- transformers
