@@ -27,8 +27,8 @@ from clauses import CLAUSES, Clause
 CI = Path(__file__).resolve().parent
 REPOSITORY = CI.parent
 SURVIVORS = CI / "survivors.md"
-# Of bench.py, only the part between these two lines is mutated: published figures.
-BENCH_START, BENCH_END = "# figures: start", "# figures: end"
+# Of bench.py, only what works out published figures is mutated.
+BENCH_FIGURES = ["Timing", "trusted_flops", "product_flops", "collective_bytes"]
 
 
 # ---------------------------------------------------------------------- clause mutants
@@ -90,28 +90,19 @@ def annotation_spans(tree: ast.AST) -> list[tuple[Position, Position]]:
     return spans
 
 
-def mutated_lines(file: str, source: str) -> range:
-    """Returns the numbers of the lines whose mutants count."""
-    lines = source.splitlines()
-    if file == "bench.py":
-        return range(lines.index(BENCH_START) + 1, lines.index(BENCH_END) + 1)
-    return range(1, len(lines) + 1)
-
-
 def prune(session: sqlite3.Connection) -> None:
     for file in ("minifreeze.py", "bench.py"):
-        source = (REPOSITORY / file).read_text()
-        spans = annotation_spans(ast.parse(source))
-        counted = mutated_lines(file, source)
+        spans = annotation_spans(ast.parse((REPOSITORY / file).read_text()))
         mutants = session.execute(
-            "SELECT job_id, start_pos_row, start_pos_col FROM mutation_specs"
-            " WHERE module_path = ?",
+            "SELECT job_id, definition_name, start_pos_row, start_pos_col"
+            " FROM mutation_specs WHERE module_path = ?",
             (file,),
         ).fetchall()
-        for job, line, column in mutants:
+        for job, function, line, column in mutants:
             place = (line, column)
             in_annotation = any(start <= place < end for start, end in spans)
-            if in_annotation or line not in counted:
+            in_figures = file == "minifreeze.py" or function in BENCH_FIGURES
+            if in_annotation or not in_figures:
                 session.execute("DELETE FROM work_items WHERE job_id = ?", (job,))
                 session.execute("DELETE FROM mutation_specs WHERE job_id = ?", (job,))
     counts = "SELECT module_path, count(*) FROM mutation_specs GROUP BY module_path"
@@ -135,19 +126,6 @@ class Survivor:
     becomes: str
 
 
-def enclosing_function(source: str, line: int) -> str:
-    """Returns the name of the innermost function or class around a line."""
-    name = "(module)"
-    first_line = 0
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-            continue
-        last_line = node.end_lineno or node.lineno
-        if node.lineno <= line <= last_line and node.lineno > first_line:
-            name, first_line = node.name, node.lineno
-    return name
-
-
 def changed_lines(diff: str) -> tuple[str, str]:
     """Returns the lines that a diff removes and adds, each side in one line."""
     sides: dict[str, list[str]] = {"-": [], "+": []}
@@ -160,14 +138,13 @@ def changed_lines(diff: str) -> tuple[str, str]:
 
 def surviving(session: sqlite3.Connection) -> list[Survivor]:
     rows = session.execute(
-        "SELECT module_path, start_pos_row, diff FROM work_results"
+        "SELECT definition_name, diff FROM work_results"
         " JOIN mutation_specs USING (job_id) WHERE test_outcome != 'KILLED'"
         " ORDER BY module_path DESC, start_pos_row"
     )
     survivors = []
-    for file, line, diff in rows:
-        source = (REPOSITORY / file).read_text()
-        survivor = Survivor(enclosing_function(source, line), *changed_lines(diff))
+    for function, diff in rows:
+        survivor = Survivor(function or "(module)", *changed_lines(diff))
         if survivor not in survivors:
             survivors.append(survivor)
     return survivors
