@@ -44,30 +44,33 @@ def schedule(step: Array) -> Array:
     return 0.1 / (step + 1)
 
 
+ONE_WEIGHT = {"w": jnp.zeros(2)}
+
+
 @pytest.fixture
-def clipped_state(params: Params) -> Any:
+def clipped_state() -> Any:
     """The state of chain(clip, adam, schedule): Adam counts 3, the schedule 50."""
     adam, scale = optax.scale_by_adam(), optax.scale_by_schedule(schedule)
     chain = optax.chain(optax.clip_by_global_norm(1.0), adam, scale)
-    clip_state, adam_state, schedule_state = chain.init(params)
-    ones = jax.tree.map(jnp.ones_like, params)
-    adam_state = adam_state._replace(count=jnp.int32(3), mu=ones)
+    clip_state, adam_state, schedule_state = chain.init(ONE_WEIGHT)
+    moments = {"w": jnp.ones(2)}
+    adam_state = adam_state._replace(count=jnp.int32(3), mu=moments)
     schedule_state = schedule_state._replace(count=jnp.int32(50))
     return clip_state, adam_state, schedule_state
 
 
 @pytest.fixture
-def unclipped_state(params: Params) -> Any:
+def unclipped_state() -> Any:
     """A new state of chain(adam, schedule)."""
     adam, scale = optax.scale_by_adam(), optax.scale_by_schedule(schedule)
-    return optax.chain(adam, scale).init(params)
+    return optax.chain(adam, scale).init(ONE_WEIGHT)
 
 
 def test_a_chain_whose_indices_have_shifted_is_refused(
     clipped_state: Any, unclipped_state: Any
 ) -> None:
     """optax #290, orbax #2972: "1/count" is Adam's there, and the schedule's here."""
-    with pytest.raises(ValueError, match="2/count"):
+    with pytest.raises(ValueError, match="1/mu/w.*2/count"):
         mf.warm_start(unclipped_state, clipped_state)
 
 
@@ -76,7 +79,7 @@ def test_a_chain_can_be_restored_when_both_sides_have_the_same_indices(
 ) -> None:
     adam, scale = mf.warm_start(unclipped_state, clipped_state[1:])
     assert adam.count == 3
-    assert all((leaf == 1).all() for leaf in jax.tree.leaves(adam.mu))
+    assert adam.mu["w"].tolist() == [1, 1]
     assert scale.count == 50
 
 
