@@ -70,7 +70,7 @@ def test_a_chain_whose_indices_have_shifted_is_refused(
     clipped_state: Any, unclipped_state: Any
 ) -> None:
     """optax #290, orbax #2972: "1/count" is Adam's there, and the schedule's here."""
-    with pytest.raises(ValueError, match="1/mu/w.*2/count"):
+    with pytest.raises(ValueError, match=r"1/mu/w.*2/count"):
         mf.warm_start(unclipped_state, clipped_state)
 
 
