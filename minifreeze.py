@@ -6,22 +6,24 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees, differentiate a loss with respect to the first
-one, and merge the trees wherever you need the whole model:
+Split the parameters into two trees. Your loss merges them, and JAX differentiates it
+with respect to its first argument only:
+
+    def loss_fn(trainable, frozen, x, y):
+        params = merge(trainable, frozen)
+        ...
 
     trainable, frozen = partition("head", params)
-    loss, grads = jax.value_and_grad(my_loss)(trainable, frozen, x, y)
-    params = merge(trainable, frozen)  # in my_loss, and after training
+    loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
 
-If batches repeat, compute the frozen part of the model once per batch:
+If you use the same batches in every epoch, run the frozen layers only once per batch:
 
-    once, rest = hoist(my_loss, trainable, frozen, x, y)
+    once, rest = hoist(loss_fn, trainable, frozen, x, y)
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions work on any pytree, keep no state, and donate nothing. The upper half of
-this file is the tool. The lower half, below the banner, is a worked example that you
-can delete.
+The functions accept any pytree, are stateless, and never donate buffers. The library
+ends at the banner "the walk-through". The example below it can be deleted.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +46,10 @@ from jax.tree_util import all_leaves, keystr, register_dataclass, tree_flatten_w
 __all__ = ["Hole", "partition", "mask", "merge", "summary", "warm_start", "hoist"]
 __version__ = "0.3.0"
 
-Fn: TypeAlias = Callable[..., Any]
 T = TypeVar("T")
 PyTree: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
+Function: TypeAlias = Callable[..., Any]
 Predicate: TypeAlias = Callable[[KeyPath, Any], bool]
 Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 
@@ -58,21 +60,25 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Marks the place of a leaf that is in another part.
+    """A placeholder for a leaf that another part holds.
 
-    A hole is a pytree node without children. Gradients, optimizer states and ``jit``
-    therefore pass over it.
+    A hole is a pytree node without children, so ``grad``, ``jit`` and optimizers skip
+    it.
     """
 
 
 def _is_hole(node: Any) -> bool:
-    """Returns whether a node is a hole; refuses a hole of another copy of this file."""
+    """Returns whether a node is a hole.
+
+    Raises ValueError for a hole from another copy of this module, which would otherwise
+    look like an empty container.
+    """
     if isinstance(node, Hole):
         return True
     if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):
         raise ValueError(
-            "the tree holds a Hole of another copy of minifreeze (imported twice, or "
-            f"reloaded, as {type(node).__module__}): split and merge with the same copy"
+            f"found a Hole from another copy of minifreeze ({type(node).__module__}, "
+            "imported twice or reloaded): use one copy to split and to merge"
         )
     return False
 
@@ -87,8 +93,8 @@ def _names(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[s
     return [_name(path) for path, _ in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
 
 
-def _listing(items: Iterable[str]) -> str:
-    """Joins at most ten items for a message, and counts them if there are more."""
+def _first_ten(items: Iterable[str]) -> str:
+    """Joins items for an error message, and truncates the list after ten."""
     items = list(items)
     if len(items) > 10:
         return f"{', '.join(items[:10])}, ... ({len(items)} in all)"
@@ -111,21 +117,24 @@ class _Spec:
 def _spec(leaf: Any) -> _Spec:
     """Describes an array, an abstract array, a Python number, or any other leaf."""
     if type(leaf) in (bool, int, float, complex):
-        leaf = np.empty((), jnp.result_type(leaf))
-    # A class such as np.float32 has the attributes, too, but is not an array.
+        leaf = np.zeros((), jnp.result_type(leaf))
+    # Classes such as np.float32 have these attributes too, but are not arrays.
     is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     if isinstance(leaf, type) or not is_array:
         return _Spec("-", type(leaf).__name__, 0, 0)
-    shape = tuple(int(size) for size in leaf.shape)
+    shape = tuple(int(size) for size in leaf.shape)  # some libraries use NumPy integers
     count = math.prod(shape)
     return _Spec(str(shape), str(leaf.dtype), count, count * leaf.dtype.itemsize)
+
+
+# -------------------------------------------------------------------- select and split
 
 
 def partition(where: Where, tree: T) -> tuple[T, T]:
     """Splits a tree into the leaves that ``where`` selects and all other leaves.
 
-    Both results have the structure of ``tree``, with a ``Hole`` in place of every leaf
-    that is in the other one. The leaves are shared, not copied.
+    Both results have the structure of ``tree``, with a ``Hole`` wherever the other tree
+    holds the leaf. The leaves are shared, not copied.
 
     Args:
       where: Selects leaves. One of:
@@ -135,11 +144,10 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
           lists all names. A pattern selects a leaf if it matches the whole name, or
           the whole name of a container above the leaf: ``"head"`` selects ``head/w``
           but not ``head2/w``. As in ``fnmatch``, ``*`` also matches ``/``.
-        * A list or tuple of patterns. The last pattern that matches a leaf decides. A
-          pattern that starts with ``!`` excludes. If the first pattern does so, the
-          list starts from all leaves.
+        * A list or tuple of patterns. The last match wins. A leading ``!`` excludes; if
+          the first pattern has one, every leaf starts out selected.
         * A predicate ``(path, leaf) -> bool``, where ``path`` is JAX's key path.
-        * A tree of bools with the structure of ``tree``, such as ``mask`` returns.
+        * A tree of bools with the structure of ``tree``, as returned by ``mask``.
       tree: Any pytree.
 
     Returns:
@@ -147,8 +155,8 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
 
     Raises:
       ValueError: If a pattern matches no leaf, if ``where`` selects no leaf, or if a
-        tree of bools has another structure than ``tree``.
-      TypeError: If ``where`` is of another type, or if a predicate does not return a
+        tree of bools differs in structure from ``tree``.
+      TypeError: If ``where`` is none of the above, or if a predicate does not return a
         bool.
 
     >>> partition("a/*", {"a": {"w": 1, "b": 2}, "c": 3})
@@ -175,18 +183,21 @@ def mask(where: Where, tree: PyTree) -> PyTree:
 
 
 def _select_some(where: Where, tree: PyTree) -> list[bool]:
-    """Returns what ``_select`` returns, and refuses to select nothing."""
-    selection = _select(where, tree)
+    """Like ``_select``, but raises ValueError if no leaf is selected."""
     if isinstance(where, (list, tuple)) and not where:
-        raise ValueError("where is an empty list of patterns, which selects nothing")
+        raise ValueError("where is an empty list of patterns, which selects no leaf")
+    selection = _select(where, tree)
     if selection and not any(selection):
         names = [repr(name) for name in _names(tree)]
-        raise ValueError(f"where selects none of the leaves {_listing(names)}")
+        raise ValueError(f"where selects none of the leaves {_first_ten(names)}")
     return selection
 
 
 def _select(where: Where, tree: PyTree) -> list[bool]:
-    """Returns, for each leaf in tree order, whether ``where`` selects it."""
+    """Returns, for each leaf in tree order, whether ``where`` selects it.
+
+    The selection may be empty, because ``warm_start`` allows it.
+    """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
     if isinstance(where, (list, tuple)):
@@ -194,7 +205,7 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
             return [False] * len(jax.tree.leaves(tree))
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
-    # A model can be callable, too, but it is a container. A predicate is a leaf.
+    # A callable container, such as an Equinox model, is not a predicate.
     if callable(where) and all_leaves([where]):
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
@@ -203,7 +214,7 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
 def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"a pattern must be a string, but one is {pattern!r}")
+            raise TypeError(f"patterns must be strings, got {pattern!r}")
     names = _names(tree)
     selection = [patterns[0].startswith("!")] * len(names)
     for pattern in patterns:
@@ -220,30 +231,30 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 
 def _matches(glob: str, name: str) -> bool:
     """Returns whether a glob matches a name, or the name of a container above it."""
-    # Because * also matches /, "glob/*" matches "name/" in exactly these two cases.
+    # The glob "head" becomes "head/*". It matches "head/", and it matches "head/w/"
+    # because * also matches "/". It does not match "head2/w/".
     return glob != "" and fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
 def _no_match_error(pattern: str, glob: str, tree: PyTree) -> str:
-    """Describes a pattern without matches."""
+    """Explains why a pattern matches no leaf."""
     names = _names(tree)
     for name, leaf in zip(names, jax.tree.leaves(tree)):
         if glob.startswith(f"{name}/"):
             return (
                 f"pattern {pattern!r} matches no leaf: {name!r} is a single leaf "
-                f"({_spec(leaf)}), which a pattern cannot split"
+                f"({_spec(leaf)}), and a pattern cannot select a part of it"
             )
     nearest = difflib.get_close_matches(glob, names, n=10, cutoff=0)
     return (
         f"pattern {pattern!r} matches none of the {len(names)} leaves; "
-        f"the nearest names are {_listing(map(repr, nearest))}"
+        f"the nearest names are {_first_ten(map(repr, nearest))}"
     )
 
 
 def _select_by_predicate(predicate: Predicate, tree: PyTree) -> list[bool]:
-    entries = tree_flatten_with_path(tree)[0]
     selection = []
-    for path, leaf in entries:
+    for path, leaf in tree_flatten_with_path(tree)[0]:
         answer = predicate(path, leaf)
         if not isinstance(answer, (bool, np.bool_)):
             raise TypeError(
@@ -259,35 +270,45 @@ def _select_by_bools(bools: PyTree, tree: PyTree) -> list[bool]:
         "where must be a pattern, a list of patterns, a predicate or a tree of bools"
     )
     if bools is None:
-        raise TypeError(f"{expected}, not None")
+        raise TypeError(f"{expected}, got None")
     entries = tree_flatten_with_path(bools)[0]
     for path, leaf in entries:
         if not isinstance(leaf, (bool, np.bool_)):
             place = f" at {_name(path)!r}" if path else ""
-            raise TypeError(f"{expected}, but is {type(leaf).__name__}{place}")
-    treedef: Any = jax.tree.structure(bools)
-    if treedef != jax.tree.structure(tree):
+            raise TypeError(f"{expected}, got {type(leaf).__name__}{place}")
+    if not _same_structure(bools, tree):
         raise ValueError(_structure_error({"where": bools, "the tree": tree}))
     return [bool(leaf) for _, leaf in entries]
+
+
+def _same_structure(tree: PyTree, other: PyTree) -> bool:
+    treedef: Any = jax.tree.structure(tree)
+    return bool(treedef == jax.tree.structure(other))
 
 
 def _structure_error(
     trees: Mapping[str, PyTree], is_leaf: Callable[[Any], bool] | None = None
 ) -> str:
-    """Describes how the structures of labelled trees differ."""
+    """Explains how the structures of labelled trees differ."""
     names = {label: set(_names(tree, is_leaf)) for label, tree in trees.items()}
+    all_names = set().union(*names.values())
     problems = []
-    for name in sorted(set().union(*names.values())):
+    for name in sorted(all_names):
         for label in trees:
             if name not in names[label]:
                 problems.append(f"{name!r} is missing from {label}")
-    if not problems:  # The same names in other containers: show where these differ.
+    if not problems:
+        # The names agree, so the containers differ. Show each from just before the
+        # first difference.
         texts = [str(jax.tree.structure(tree, is_leaf)) for tree in trees.values()]
-        differs = [len(set(characters)) > 1 for characters in zip(*texts)]
-        start = max(0, differs.index(True) - 20) if any(differs) else 0
+        start = 0
+        for characters in zip(*texts):
+            if len(set(characters)) > 1:
+                break
+            start += 1
         for label, text in zip(trees, texts):
-            problems.append(f"{label} is ..{text[start : start + 80]}..")
-    return f"the structures differ: {_listing(problems)}"
+            problems.append(f"{label} is ..{text[max(0, start - 20) :][:80]}..")
+    return f"the structures differ: {_first_ten(problems)}"
 
 
 # --------------------------------------------------------------------- merge and report
@@ -297,16 +318,16 @@ def merge(*parts: T, partial: bool = False) -> T:
     """Merges parts of one tree. This is the inverse of ``partition``.
 
     Args:
-      *parts: Trees of one structure, in any order and of any number. Every leaf must be
-        in exactly one of them, with a ``Hole`` in its place in the others.
-      partial: If True, a place that is a hole in every part stays a hole. Use it to
-        merge some of the parts of a tree that was split more than once.
+      *parts: One or more trees of the same structure, in any order. Exactly one of them
+        must hold each leaf, and the others must have a ``Hole`` in its place.
+      partial: If True, a position that is a hole in every part stays a hole. Use it to
+        merge some of the parts of a tree that you split more than once.
 
     Returns:
       The merged tree. The leaves are shared, not copied.
 
     Raises:
-      ValueError: If a leaf is in several parts, if it is in none and ``partial`` is
+      ValueError: If several parts hold a leaf, if no part holds it and ``partial`` is
         False, or if the parts differ in structure. The message lists the names.
       TypeError: If there are no parts.
 
@@ -319,19 +340,22 @@ def merge(*parts: T, partial: bool = False) -> T:
     rows, treedef = _align(labelled)
     merged = []
     for nodes in rows:
-        leaves = [node for node in nodes if not isinstance(node, Hole)]
+        leaves = [node for node in nodes if not _is_hole(node)]
         if len(leaves) > 1 or (not leaves and not partial):
-            raise ValueError(_merge_error(labelled, partial))
+            raise ValueError(_merge_error(labelled, rows, partial))
         merged.append(leaves[0] if leaves else Hole())
-    result: T = jax.tree.unflatten(treedef, merged)
-    return result
+    return cast(T, jax.tree.unflatten(treedef, merged))
 
 
 def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Lines up parts of one tree.
+    """Pairs up the leaves and holes of the parts of one tree.
 
     Returns:
-      For each place in the tree, the leaf or hole of every part; and the structure.
+      A list of rows, and the structure of the tree. There is a row for each position in
+      the tree, which holds the leaf or hole of every part.
+
+    Raises:
+      ValueError: If the parts differ in structure.
     """
     columns = []
     treedefs: list[Any] = []
@@ -344,25 +368,31 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
     return list(zip(*columns)), treedefs[0]
 
 
-def _merge_error(parts: Mapping[str, PyTree], partial: bool) -> str:
-    """Describes the lost and overlapping leaves of parts of one tree."""
-    rows, _ = _align(parts)
+def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
+    """Returns the name of each row of ``_align``."""
     first_part = next(iter(parts.values()))
+    return _names(first_part, is_leaf=_is_hole)
+
+
+def _merge_error(
+    parts: Mapping[str, PyTree], rows: list[tuple[Any, ...]], partial: bool
+) -> str:
+    """Explains which leaves no part holds, and which ones several parts hold."""
     lost, overlaps = [], []
-    for name, nodes in zip(_names(first_part, is_leaf=_is_hole), rows):
+    for name, nodes in zip(_names_with_holes(parts), rows):
         holders = [label for label, node in zip(parts, nodes) if not _is_hole(node)]
         if not holders:
             lost.append(repr(name))
         elif len(holders) > 1:
-            overlaps.append(f"{name!r} is in {_listing(holders)}")
+            overlaps.append(f"{name!r} is in {_first_ten(holders)}")
     problems = []
     if lost and not partial:
         problems.append(
-            "pass the part that holds the lost leaves, or partial=True to leave holes: "
-            f"{_listing(parts)} have a hole at {_listing(lost)}"
+            "pass the part that holds the missing leaves, or partial=True to leave "
+            f"holes: none of the {len(parts)} parts holds {_first_ten(lost)}"
         )
     if overlaps:
-        problems.append(f"leaves overlap: {_listing(overlaps)}")
+        problems.append(f"only one part may hold a leaf: {_first_ten(overlaps)}")
     return "; ".join(problems)
 
 
@@ -374,12 +404,12 @@ def summary(**parts: PyTree) -> str:
         The keywords are the names of the parts in the table.
 
     Returns:
-      A text with a row for each leaf, in tree order, and a row for each part. ``count``
-      is the number of elements, and ``share`` is the share of all elements. A leaf that
-      is not an array counts as 0 elements. Abstract arrays count as arrays.
+      A string with one row per leaf, in tree order, and one row per part. ``count`` is
+      the number of elements, and ``share`` is the share of all elements. Abstract
+      arrays count like arrays. A leaf that is not an array counts as 0 elements.
 
     Raises:
-      ValueError: If a leaf is in several parts, if the parts differ in structure, or if
+      ValueError: If several parts hold a leaf, if the parts differ in structure, or if
         a part is called ``total``.
       TypeError: If there are no parts.
 
@@ -397,15 +427,15 @@ def summary(**parts: PyTree) -> str:
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
     if "total" in parts:
-        raise ValueError("a part cannot be called total: the last row has that name")
+        raise ValueError("choose another name for the part: 'total' is the last row")
     rows, _ = _align(parts)
-    first_part = next(iter(parts.values()))
     leaf_rows: list[Sequence[Any]] = [("path", "shape", "dtype", "count", "part")]
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
-    for name, nodes in zip(_names(first_part, is_leaf=_is_hole), rows):
-        if sum(not _is_hole(node) for node in nodes) > 1:
-            raise ValueError(_merge_error(parts, partial=True))
+    for name, nodes in zip(_names_with_holes(parts), rows):
+        holders = [part for part, node in zip(parts, nodes) if not _is_hole(node)]
+        if len(holders) > 1:
+            raise ValueError(_merge_error(parts, rows, partial=True))
         for part, node in zip(parts, nodes):
             if not _is_hole(node):
                 spec = _spec(node)
@@ -413,12 +443,12 @@ def summary(**parts: PyTree) -> str:
                 counts[part] += spec.count
                 sizes[part] += spec.bytes
 
-    total = sum(counts.values())
+    counts["total"] = sum(counts.values())
+    sizes["total"] = sum(sizes.values())
     part_rows: list[Sequence[Any]] = [("part", "count", "bytes", "share")]
     for part, count in counts.items():
-        part_rows.append((part, count, sizes[part], f"{count / max(total, 1):.1%}"))
-    whole = total / max(total, 1)
-    part_rows.append(("total", total, sum(sizes.values()), f"{whole:.1%}"))
+        share = count / max(counts["total"], 1)
+        part_rows.append((part, count, sizes[part], f"{share:.1%}"))
     return f"{_table(leaf_rows)}\n\n{_table(part_rows)}"
 
 
@@ -432,41 +462,47 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------- warm start
+
+
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Fills a tree with the leaves of another one, and accounts for every leaf.
+    """Copies the leaves of ``old`` into ``new``, and accounts for every leaf.
 
-    Use it to load a checkpoint, and to change the frozen set: with
-    ``warm_start(optimizer.init(trainable), old_state)``, leaves that stay trainable
-    keep their moments.
+    Use it to load a checkpoint, and to change the frozen set during training:
+    ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
+    that stay trainable.
 
-    Leaves are matched by name, such as ``linear_0/w``. The containers may therefore
-    differ: nested or flat dicts, lists or dicts with the keys ``"0"``, ``"1"``, ...
+    Leaves are matched by name, such as ``linear_0/w``. The containers may differ: a
+    checkpoint can be a flat dict with the key ``"linear_0/w"``, or have a dict with the
+    keys ``"0"``, ``"1"``, ... in place of a list.
 
-    * A leaf that ``fresh`` selects keeps its value from ``new``.
-    * Every other leaf of ``new`` takes the leaf of the same name in ``old``. If
-      ``old`` has a ``Hole`` there (the leaf was frozen), it keeps its value.
-    * A leaf of ``old`` that fills nothing must be at a ``Hole`` of ``new`` (the leaf
-      is now frozen), or be selected by ``fresh`` or ``unused``.
+    * A leaf of ``new`` that ``fresh`` selects keeps its value.
+    * Every other leaf of ``new`` takes the value of the leaf of the same name in
+      ``old``. If ``old`` has a ``Hole`` there, because the leaf was frozen, the leaf
+      keeps its value from ``new``.
+    * Every leaf of ``old`` that is not used must correspond to a ``Hole`` in ``new``,
+      because the leaf is now frozen, or be selected by ``fresh`` or ``unused``.
 
     Args:
       new: The tree to fill.
-      old: The tree to take leaves from.
-      fresh: Selects leaves of ``new``, like ``where`` in ``partition``. It may also
-        select nothing: ``()``.
+      old: The tree to take values from.
+      fresh: Selects leaves of ``new``, like ``where`` in ``partition``. Unlike there,
+        it may select nothing, which is the default.
       unused: Selects leaves of ``old`` in the same way.
 
     Returns:
       A tree with the structure of ``new``.
 
     Raises:
-      ValueError: If a leaf of ``new`` has no value in ``old``, if a leaf of ``old``
-        has no place in ``new``, if shapes or dtypes differ, if a name occurs twice in
-        one tree, or if a pattern matches no leaf.
+      ValueError: If a leaf of ``new`` has no value in ``old``, if a leaf of ``old`` has
+        no place in ``new``, if shapes or dtypes differ, if a name occurs twice in one
+        tree, or if a pattern matches no leaf.
       TypeError: If ``fresh`` or ``unused`` is not a valid ``where``.
 
-    Note: Adam's step count is taken from ``old`` like any other leaf, so new leaves get
-    no bias correction. After 5,000 steps, their first update is 0.1 / sqrt(0.001) = 3.2
-    learning rates. ``fresh="0/count"`` restarts the count.
+    Adam's step count is a leaf like any other. If ``old`` provides it, leaves that were
+    frozen until now get no bias correction. After 5,000 steps, their first update is
+    about (1 - b1) / sqrt(1 - b2) = 0.1 / sqrt(0.001) = 3.2 learning rates. To restart
+    the count, select it with ``fresh``. Its name is ``0/count`` in ``optax.adam``.
 
     >>> warm_start({"a": 0, "b": 0, "c": Hole()}, {"a": 7, "b": Hole(), "c": 8})
     {'a': 7, 'b': 0, 'c': Hole()}
@@ -478,46 +514,60 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     fresh_names = _selected_names(fresh, new)
     unused_names = _selected_names(unused, old)
 
-    leaves, without_value, without_place, unlike = [], [], [], []
+    leaves, without_value, mismatches = [], [], []
     for name, node in new_nodes.items():
         if _is_hole(node):
             continue
-        if name not in fresh_names and name not in old_nodes:
+        if name in fresh_names:
+            leaves.append(node)
+        elif name not in old_nodes:
             without_value.append(name)
-        elif name in fresh_names or _is_hole(old_nodes[name]):
+        elif _is_hole(old_nodes[name]):
             leaves.append(node)
         else:
             leaves.append(old_nodes[name])
-            wanted, found = _spec(node), _spec(old_nodes[name])
-            if str(wanted) != str(found):
-                unlike.append(f"{name!r} is {wanted} in new and {found} in old")
+            wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))
+            if wanted != found:
+                mismatches.append(f"{name!r} is {wanted} in new and {found} in old")
+
+    without_place = []
     for name, node in old_nodes.items():
-        expected = name in new_nodes or name in unused_names
-        if not _is_hole(node) and not expected:
+        # A name in new was used above, or is fresh, or is a hole.
+        if not _is_hole(node) and name not in new_nodes and name not in unused_names:
             without_place.append(name)
 
+    if without_value or without_place or mismatches:
+        raise ValueError(
+            _warm_start_error(without_value, without_place, mismatches, old)
+        )
+    return cast(T, jax.tree.unflatten(jax.tree.structure(new), leaves))
+
+
+def _warm_start_error(
+    without_value: list[str],
+    without_place: list[str],
+    mismatches: list[str],
+    old: PyTree,
+) -> str:
     problems = []
     if without_value:
         problems.append(
-            f"old has no value for {_listing(map(repr, without_value))} "
-            "(fresh selects leaves that keep their value from new)"
+            f"old has no value for {_first_ten(map(repr, without_value))} "
+            "(to keep a value from new, select it with fresh)"
         )
         if not _names_of_none(old).isdisjoint(without_value):
             problems.append(
-                "old has None in some of these places, as a checkpoint has for holes "
-                "if it was restored without a target: select these leaves with fresh"
+                "some of these are None in old, as holes are in a checkpoint that was "
+                "restored without a target: select them with fresh"
             )
     if without_place:
         problems.append(
-            f"new has no place for {_listing(map(repr, without_place))} "
-            "(unused selects leaves of old to leave out)"
+            f"new has no place for {_first_ten(map(repr, without_place))} "
+            "(to leave out a value of old, select it with unused)"
         )
-    if unlike:
-        problems.append(f"shapes or dtypes differ: {_listing(unlike)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    filled: T = jax.tree.unflatten(jax.tree.structure(new), leaves)
-    return filled
+    if mismatches:
+        problems.append(f"shapes or dtypes differ: {_first_ten(mismatches)}")
+    return "; ".join(problems)
 
 
 def _nodes_by_name(tree: PyTree, label: str) -> dict[str, Any]:
@@ -532,21 +582,20 @@ def _nodes_by_name(tree: PyTree, label: str) -> dict[str, Any]:
 
 
 def _selected_names(where: Where, tree: PyTree) -> set[str]:
-    """Returns the names of the leaves that ``where`` selects, which may be none."""
+    """Returns the names of the leaves that ``where`` selects. There may be none."""
     selection = _select(where, tree)
     return {name for name, chosen in zip(_names(tree), selection) if chosen}
 
 
 def _names_of_none(tree: PyTree) -> set[str]:
-    """Returns the names of all places that hold None."""
+    """Returns the name of every None in a tree."""
     entries = tree_flatten_with_path(tree, is_leaf=lambda node: node is None)[0]
     return {_name(path) for path, node in entries if node is None}
 
 
 # -------------------------------------------------------------------------------- hoist
 
-
-# Cheap primitives: running them costs about as much as reading their stored results.
+# Cheap primitives take about as long as reading their stored results would.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -570,65 +619,87 @@ _RANDOM_BITS = """
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
     random_wrap rng_bit_generator rng_uniform threefry2x32
 """.split()
-_REDUCTIONS = """
-    argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
-    reduce_sum reduce_xor
-""".split()
 _CHEAP = frozenset(_ELEMENTWISE + _CASTS_AND_MOVES + _IDENTITIES + _RANDOM_BITS)
 
+# Reductions are costly, but to save nothing else is hardly worth the memory.
+_REDUCTIONS = frozenset(
+    """
+    argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
+    reduce_sum reduce_xor
+    """.split()
+)
 
-def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn, Fn]:
-    """Splits a function into a frozen part, computed once per batch, and the rest.
+
+def hoist(
+    fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
+) -> tuple[Function, Function]:
+    """Splits a function into a part to compute once per batch, and the rest.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
-    ``fn(trainable, frozen, *batch)``, and so does its gradient with respect to
-    ``trainable``. If the same batches return every epoch, compute ``once`` in the first
-    epoch only, and store what it returns.
+    ``fn(trainable, frozen, *batch)``, and has the same gradient with respect to
+    ``trainable``. If every epoch uses the same batches, call ``once`` in the first
+    epoch and store the results.
 
-    The values that ``once`` returns are a minimum cut. A value is late if it depends on
-    a trainable leaf or comes from an operation with an effect. It is early if it
-    depends on the batch and is not late. The late operations run in ``rest``. Every
-    early value that they read, or that ``fn`` returns, is either kept by ``once``, or
-    rebuilt in ``rest`` from kept values by cheap operations. ``hoist`` keeps the fewest
-    bytes that make this possible, and, if several choices are equal, the latest values.
+    ``hoist`` traces ``fn`` and sorts all intermediate values into three classes:
+
+    * late: depends on a trainable leaf, or comes from an operation with an effect.
+      ``rest`` computes it in every step.
+    * early: depends on the batch, and is not late.
+    * fixed: depends on neither, only on frozen leaves and constants. It is never
+      stored; ``rest`` computes it if needed.
+
+    Every early value that a late operation reads, or that ``fn`` returns, must be
+    available in ``rest``. It is either stored, or rebuilt from stored values by cheap
+    operations. Of all possible choices, ``hoist`` stores the one with the fewest bytes,
+    which is a minimum cut. If several have equally few bytes, it stores the latest
+    values, so that ``rest`` has the least to do.
+
+    For example, in ``tanh(x @ body) @ head`` with a trainable ``head``, the product
+    ``x @ body`` is early and costly, so ``rest`` must not compute it. Its ``tanh`` is
+    early and cheap. The product with ``head`` is late, and reads the ``tanh``. The
+    ``tanh`` and ``x @ body`` have the same size, so the later one, the ``tanh``, is
+    stored. If ``x`` were cast to a larger dtype after the ``tanh``, the ``tanh`` would
+    be stored, and the cast repeated in every step.
 
     Cheap operations are elementwise functions, casts, moves of data (slices, gathers,
-    transposes, ...), random bits, and a ``jit`` or ``custom_jvp`` of cheap operations.
-    All other operations are costly and never run again: products, convolutions,
-    reductions, sorts, and operations that run a program of their own. The latter move
-    as a whole or not at all: ``scan``, ``while_loop``, ``cond``, ``checkpoint``,
-    ``custom_vjp``, ``shard_map``, and a ``jit`` with shardings.
+    transposes, ...), random bits, and a ``jit`` or ``custom_jvp`` that contains cheap
+    operations only. All others are costly, and ``rest`` never repeats them for early
+    values: products, convolutions, reductions, sorts, and also cheap operations that
+    read the result of a costly operation on fixed values.
 
-    Values that depend on frozen leaves alone are never kept: ``rest`` computes them
-    again. Costly results of the batch alone are kept, even if they are larger than the
-    batch (``x @ x.T``). A long chain of cheap operations runs in every step.
+    Operations that contain a function move as a whole or not at all: ``scan``,
+    ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
+    ``jit`` with shardings. For example, a ``scan`` over the layers of a model is late
+    if one of the layers is trainable.
+
+    Costly results of the batch alone are stored even if they are larger than the batch,
+    such as ``x @ x.T``. Long chains of cheap operations are repeated in every step.
 
     Args:
-      fn: A function ``fn(trainable, frozen, *batch)`` of pytrees of arrays. ``hoist``
-        traces it once.
-      trainable: The part to differentiate. Pass random keys, counters and anything
-        else that changes from step to step as a part of this argument:
-        ``fn((params, key), frozen, x)``.
+      fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
+      trainable: The part to differentiate. Also pass everything that changes from step
+        to step here, such as random keys and counters:
+        ``fn((params, key), frozen, x)``. A key in the batch is fixed with the batch.
       frozen: The part that does not change.
-      *batch: The data. Data that ``fn`` closes over count as frozen.
+      *batch: The data. Data that ``fn`` closes over would count as fixed.
 
     Returns:
       A tuple ``(once, rest)`` of functions:
 
-      * ``once(frozen, *batch)`` returns a tuple of arrays. Jit it, and look at the
-        shapes: they are what you store per batch.
-      * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns.
+      * ``once(frozen, *batch)`` returns a tuple of arrays to store. Call it under
+        ``jax.jit``, and look at the shapes to see what you store per batch.
+      * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns, where ``kept`` is
+        the result of ``once``.
 
-      Both raise ValueError for another structure, shape, dtype or weak type than that
-      of the arguments of ``hoist``.
+      Both raise ValueError if their arguments differ from those of ``hoist`` in
+      structure, shape, dtype or weak type.
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
         ``jax.ShapeDtypeStruct`` are allowed.
 
     Warns:
-      UserWarning: If ``hoist`` is useless, because ``once`` has no costly operation
-        other than reductions.
+      UserWarning: If ``once`` would contain nothing costlier than a reduction.
 
     >>> head, body, x = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((5, 3))
     >>> model = lambda head, body, x: jnp.tanh(x @ body) @ head
@@ -638,22 +709,24 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
     ([(5, 2)], (5,))
     """
     expected = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
-    # A new lambda, because JAX remembers what it traced, and fn may close over values
-    # that have changed since.
+    # A lambda of our own bypasses JAX's cache of traces. A cached trace of fn would be
+    # wrong if values that fn closes over have changed.
     traced, out = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(
         trainable, frozen, *batch
     )
-    program = _flatten_jits(traced)
-    numbers = jax.tree.unflatten(
-        jax.tree.structure((trainable, frozen, batch)), program.inputs
-    )
-    trainable_values, frozen_values, batch_values = map(jax.tree.leaves, numbers)
+    program = _inline_jits(traced)
+    frozen_start = len(jax.tree.leaves(trainable))
+    batch_start = frozen_start + len(jax.tree.leaves(frozen))
+    trainable_ids = program.inputs[:frozen_start]
+    frozen_ids = program.inputs[frozen_start:batch_start]
+    batch_ids = program.inputs[batch_start:]
 
-    kept_values = _values_to_keep(program, trainable_values, batch_values)
-    once_program = _subprogram(program, frozen_values + batch_values, kept_values)
+    kept_ids = _values_to_keep(program, trainable_ids, batch_ids)
+    expected["kept"] = tuple(program.avals[value_id] for value_id in kept_ids)
+    once_program = _subprogram(program, frozen_ids + batch_ids, kept_ids)
     rest_program = _subprogram(
         program,
-        trainable_values + frozen_values + kept_values,
+        trainable_ids + frozen_ids + kept_ids,
         program.outputs,
         with_effects=True,
     )
@@ -665,9 +738,8 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
         _require_same(expected, {"trainable": trainable, "frozen": frozen})
-        # Weak types get lost when arrays are stored, and have done their work.
-        shapes = {"kept": tuple(program.avals[value] for value in kept_values)}
-        _require_same(shapes, {"kept": kept}, weak_types=False)
+        # Storing an array loses its weak type, which no longer matters here.
+        _require_same(expected, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(jax.tree.structure(out), outputs)
 
@@ -675,21 +747,25 @@ def hoist(fn: Fn, trainable: PyTree, frozen: PyTree, *batch: PyTree) -> tuple[Fn
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    """Replaces every array by its shape and dtype."""
+    """Replaces every array by its shape and dtype.
+
+    Raises:
+      TypeError: If a leaf is not an array.
+    """
     try:
         return jax.eval_shape(lambda tree: tree, tree)
     except (TypeError, ValueError) as error:
         for path, leaf in tree_flatten_with_path(tree)[0]:
             if not _is_array(leaf):
                 raise TypeError(
-                    f"{_name(path)!r} is {type(leaf).__name__}, not an array: "
-                    "close over it instead of passing it as an argument"
+                    f"{_name(path)!r} is a {type(leaf).__name__}, not an array: let fn "
+                    "close over it instead of passing it"
                 ) from error
         raise
 
 
 def _is_array(leaf: Any) -> bool:
-    """Returns whether JAX accepts a leaf as an array. It also accepts a number."""
+    """Returns whether JAX accepts a leaf as the argument and result of a function."""
     try:
         jax.eval_shape(lambda leaf: leaf, leaf)
     except (TypeError, ValueError):
@@ -700,129 +776,138 @@ def _is_array(leaf: Any) -> bool:
 def _require_same(
     expected: Mapping[str, PyTree], given: Mapping[str, PyTree], weak_types: bool = True
 ) -> None:
-    """Raises ValueError unless arguments match the abstract arguments of ``hoist``."""
+    """Raises ValueError unless given arguments match the expected abstract ones."""
 
     def describe(leaf: Any) -> str:
         weak = "weak " if weak_types and leaf.weak_type else ""
         return f"{weak}{leaf.dtype} {leaf.shape}"
 
-    expected = {label: expected[label] for label in given}
-    given = _abstract(given)
-    treedef: Any = jax.tree.structure(expected)
-    if treedef != jax.tree.structure(given):
-        trees = {"the arguments of hoist": expected, "this call": given}
+    expected_arguments = {label: expected[label] for label in given}
+    arguments = _abstract(given)
+    if not _same_structure(expected_arguments, arguments):
+        trees = {"the arguments of hoist": expected_arguments, "this call": arguments}
         raise ValueError(_structure_error(trees))
     problems = []
-    for (path, wanted), found in zip(
-        tree_flatten_with_path(expected)[0], jax.tree.leaves(given)
-    ):
+    entries = tree_flatten_with_path(expected_arguments)[0]
+    for (path, wanted), found in zip(entries, jax.tree.leaves(arguments)):
         if describe(wanted) != describe(found):
             problems.append(
-                f"{_name(path)!r} is {describe(found)}, but was {describe(wanted)}"
+                f"{_name(path)!r} was {describe(wanted)}, and is {describe(found)} now"
             )
     if problems:
         raise ValueError(
-            f"call hoist again for other shapes or dtypes: {_listing(problems)}"
+            f"call hoist again for other shapes or dtypes: {_first_ten(problems)}"
         )
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operation of a traced function. Its inputs and outputs are numbered values."""
+    """An operation on numbered values."""
 
-    run: Fn  # called with the inputs, returns a list of the outputs
-    inputs: list[int]
+    run: Function  # takes the inputs, and returns a list of the outputs
+    inputs: list[int]  # the ids of values
     outputs: list[int]
-    costly: set[str]  # the costly primitives in it; empty if the operation is cheap
+    costly_primitives: set[str]  # inside this operation; empty if it is cheap
     has_effect: bool
 
 
 @dataclass(frozen=True)
 class _Program:
-    """Operations on numbered values, in the order in which they run."""
+    """A function as a list of operations, in the order in which they run.
+
+    Every value has an id: its index in ``avals``.
+    """
 
     inputs: list[int]
     operations: list[_Operation]
     outputs: list[int]
-    constants: dict[int, Any]
-    avals: list[Any]  # the shape and dtype of each value
+    constants: dict[int, Any]  # by id
+    avals: list[Any]  # the shape and dtype of every value
 
 
-def _flatten_jits(traced: Any) -> _Program:
-    """Converts a traced function, and replaces each call of a jit by its operations."""
+def _inline_jits(traced: Any) -> _Program:
+    """Converts a traced function to a program, and inlines all plain jits."""
     from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
 
-    program = _Program([], [], [], {}, [])
+    operations: list[_Operation] = []
+    constants: dict[int, Any] = {}
+    avals: list[Any] = []
 
     def new_value(aval: Any) -> int:
-        program.avals.append(aval)
-        return len(program.avals) - 1
+        avals.append(aval)
+        return len(avals) - 1
 
-    def append(jaxpr: Any, constants: Sequence[Any], inputs: list[int]) -> list[int]:
-        """Appends the operations of a jaxpr, and returns the numbers of its outputs."""
-        numbers: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
-        for variable, constant in zip(jaxpr.constvars, constants):
-            numbers[variable] = new_value(variable.aval)
-            program.constants[numbers[variable]] = _as_jax_array(constant)
+    def new_constant(aval: Any, constant: Any) -> int:
+        value_id = new_value(aval)
+        constants[value_id] = constant
+        return value_id
 
-        def number_of(atom: Any) -> int:
-            if not isinstance(atom, Literal):
-                return numbers[atom]
-            number = new_value(atom.aval)
-            program.constants[number] = atom.val
-            return number
+    def inline(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+        """Adds the operations of a jaxpr, and returns the ids of its outputs."""
+        ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
+        for variable, constant in zip(jaxpr.constvars, consts):
+            ids[variable] = new_constant(variable.aval, _as_jax_array(constant))
+
+        def id_of(atom: Any) -> int:
+            if isinstance(atom, Literal):
+                return new_constant(atom.aval, atom.val)
+            return ids[atom]
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
                 body = eqn.params["jaxpr"]
-                arguments = [number_of(atom) for atom in eqn.invars]
-                outputs = append(body.jaxpr, body.consts, arguments)
+                arguments = [id_of(atom) for atom in eqn.invars]
+                outputs = inline(body.jaxpr, body.consts, arguments)
             else:
+                # Literals remain inside the equation. Variables are its inputs.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_equation_as_function(eqn, variables, traced),
-                    inputs=[numbers[variable] for variable in variables],
+                    run=_as_function(eqn, variables, template=traced),
+                    inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
-                    costly=_costly_primitives(eqn),
+                    costly_primitives=_costly_primitives(eqn),
                     has_effect=bool(eqn.effects),
                 )
-                program.operations.append(operation)
-            numbers.update(zip(eqn.outvars, outputs))
-        return [number_of(atom) for atom in jaxpr.outvars]
+                operations.append(operation)
+            ids.update(zip(eqn.outvars, outputs))
+        return [id_of(atom) for atom in jaxpr.outvars]
 
-    # Operations that no output needs must not make a value late.
-    live, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals), instantiate=True)
-    program.inputs.extend(new_value(variable.aval) for variable in live.invars)
-    program.outputs.extend(append(live, traced.consts, program.inputs))
-    return program
+    # Remove dead code first. A trainable leaf that a scan carries along unused, for
+    # example, would make the whole scan late.
+    all_outputs = [True] * len(traced.out_avals)
+    jaxpr, _ = dce_jaxpr(traced.jaxpr, all_outputs, instantiate=True)
+    inputs = [new_value(variable.aval) for variable in jaxpr.invars]
+    outputs = inline(jaxpr, traced.consts, inputs)
+    return _Program(inputs, operations, outputs, constants, avals)
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy constant, because a custom gradient may use ``.at``."""
+    """Converts a NumPy array, as custom derivative rules may call ``.at`` on it."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval():  # an array, even if hoist itself is traced
         return jnp.asarray(constant)
 
 
-def _equation_as_function(eqn: Any, inputs: list[Any], traced: Any) -> Fn:
-    """Returns an equation as a function of its input variables."""
+def _as_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+    """Returns an equation of a jaxpr as a function of its input variables.
+
+    The function runs a jaxpr with this equation alone, because the signature of
+    ``Primitive.bind`` varies between versions of JAX.
+    """
     from jax.extend.core import jaxpr_as_fun
 
-    # A jaxpr of one equation, because the arguments of Primitive.bind differ between
-    # versions of JAX.
-    jaxpr = traced.jaxpr.replace(
+    jaxpr = template.jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
     )
-    run: Fn = jaxpr_as_fun(traced.replace(jaxpr=jaxpr, consts=[]))
-    return run
+    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _is_plain_jit(eqn: Any) -> bool:
-    """Returns whether an equation is a jitted call without shardings."""
-    if eqn.primitive.name not in ("jit", "pjit"):  # pjit before JAX 0.7
+    """Returns whether an equation calls a jitted function without shardings."""
+    if eqn.primitive.name not in ("jit", "pjit"):  # "pjit" before JAX 0.7
         return False
     shardings = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
     return not any(isinstance(item, jax.sharding.Sharding) for item in shardings)
@@ -839,10 +924,10 @@ def _costly_primitives(eqn: Any) -> set[str]:
         body = eqn.params["call_jaxpr"]
     else:
         return {name}
-    costly = set()
-    for inner in body.eqns:
-        costly |= _costly_primitives(inner)
-    return costly
+    names = set()
+    for inner_eqn in body.eqns:
+        names |= _costly_primitives(inner_eqn)
+    return names
 
 
 def _run(program: _Program, inputs: list[Any]) -> list[Array]:
@@ -850,10 +935,10 @@ def _run(program: _Program, inputs: list[Any]) -> list[Array]:
     values = dict(program.constants)
     values.update(zip(program.inputs, inputs))
     for operation in program.operations:
-        arguments = [values[number] for number in operation.inputs]
+        arguments = [values[value_id] for value_id in operation.inputs]
         values.update(zip(operation.outputs, operation.run(*arguments)))
-    outputs = [values[number] for number in program.outputs]
-    # device_put keeps the weak type of a Python number on every version of JAX.
+    outputs = [values[value_id] for value_id in program.outputs]
+    # device_put keeps the weak type of a Python number in every version of JAX.
     return [x if isinstance(x, Array) else jax.device_put(x) for x in outputs]
 
 
@@ -865,27 +950,28 @@ def _subprogram(
 ) -> _Program:
     """Returns the part of a program that computes outputs from inputs.
 
-    With ``with_effects``, the part includes all operations that have an effect.
+    If ``with_effects`` is True, this includes all operations that have an effect.
     """
-    needed = set(outputs).difference(inputs)
+    given = set(inputs)
+    needed = set(outputs) - given
     operations = []
     for operation in reversed(program.operations):
         is_needed = not needed.isdisjoint(operation.outputs)
         if is_needed or (with_effects and operation.has_effect):
             operations.append(operation)
-            needed.update(set(operation.inputs).difference(inputs))
+            needed.update(set(operation.inputs) - given)
     operations.reverse()
     return replace(program, inputs=inputs, operations=operations, outputs=outputs)
 
 
 def _warn_if_useless(once_program: _Program) -> None:
     for operation in once_program.operations:
-        if not operation.costly.issubset(_REDUCTIONS):
+        if operation.costly_primitives - _REDUCTIONS:
             return
     warnings.warn(
-        "hoist moves no costly operation out of the step, other than reductions: the "
-        "others depend on a trainable leaf, or not on the batch (pass data that fn "
-        "closes over as the batch)",
+        "hoist found nothing costly to compute once per batch: apart from reductions, "
+        "every costly operation depends on a trainable leaf, or not on the batch (pass "
+        "data that fn closes over as the batch)",
         stacklevel=3,
     )
 
@@ -893,43 +979,37 @@ def _warn_if_useless(once_program: _Program) -> None:
 def _values_to_keep(
     program: _Program, trainable: list[int], batch: list[int]
 ) -> list[int]:
-    """Returns the numbers of the values that ``once`` returns, in ascending order."""
-    # 1. Mark late and early values. A late operation runs in every step.
+    """Returns the ids of the values to store, in ascending order.
+
+    The docstring of ``hoist`` defines late, early and fixed values.
+    """
     late = set(trainable)
-    late_operations, other_operations = [], []
-    for operation in program.operations:
-        if operation.has_effect or not late.isdisjoint(operation.inputs):
-            late.update(operation.outputs)
-            late_operations.append(operation)
-        else:
-            other_operations.append(operation)
     early = set(batch)
-    for operation in other_operations:
-        if not early.isdisjoint(operation.inputs):
+    costly_fixed: set[int] = set()  # fixed values that take a costly operation to make
+    needed: set[int] = set()  # early values that rest needs
+    cannot_rebuild = set(batch)  # early values that cheap operations cannot rebuild
+    rebuilt_from: dict[int, list[int]] = {}  # all other early values
+    for operation in program.operations:
+        early_inputs = [value_id for value_id in operation.inputs if value_id in early]
+        is_late = operation.has_effect or not late.isdisjoint(operation.inputs)
+        reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
+        is_costly = bool(operation.costly_primitives) or reads_costly_fixed
+        if is_late:
+            late.update(operation.outputs)
+            needed.update(early_inputs)
+        elif early_inputs:
             early.update(operation.outputs)
+            if is_costly:
+                cannot_rebuild.update(operation.outputs)
+            else:
+                for output in operation.outputs:
+                    rebuilt_from[output] = early_inputs
+        elif is_costly:
+            costly_fixed.update(operation.outputs)
 
-    # 2. Find out how to rebuild early values. Costly results cannot be rebuilt, so they
-    # are sources. To rebuild costly results of weights alone would be costly, too.
-    sources = set(batch)
-    costly_weights: set[int] = set()
-    inputs_of: dict[int, list[int]] = {}
-    for operation in other_operations:
-        early_inputs = [value for value in operation.inputs if value in early]
-        costly = operation.costly or not costly_weights.isdisjoint(operation.inputs)
-        for output in operation.outputs:
-            if early_inputs and costly:
-                sources.add(output)
-            elif early_inputs:
-                inputs_of[output] = early_inputs
-            elif costly:
-                costly_weights.add(output)
-
-    # 3. Cut between the sources and the early values that rest needs.
-    needed = early.intersection(program.outputs)
-    for operation in late_operations:
-        needed.update(early.intersection(operation.inputs))
+    needed.update(early.intersection(program.outputs))
     sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]
-    return sorted(_minimum_cut(sorted(needed), sources, inputs_of, sizes))
+    return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
 _Node: TypeAlias = tuple[int, str]
@@ -937,88 +1017,90 @@ _Node: TypeAlias = tuple[int, str]
 
 def _minimum_cut(
     needed: list[int],
-    sources: set[int],
-    inputs_of: Mapping[int, list[int]],
+    cannot_rebuild: set[int],
+    rebuilt_from: Mapping[int, list[int]],
     sizes: Sequence[int],
 ) -> set[int]:
-    """Returns the values to keep so that every needed value is kept or can be rebuilt.
+    """Returns the values to store so that all needed values can be rebuilt.
 
-    This is a minimum vertex cut: every path from a needed value through ``inputs_of``
-    to a source contains a kept value, and the kept values have the least total size.
-    Of several such cuts it is the one that is nearest to the needed values.
+    Think of the values as pipes. The capacity of a pipe is the size of the value. Water
+    enters the pipes of all needed values. From each pipe it flows on into the pipes of
+    the values that this one is rebuilt from, and it leaves the network at the values
+    that cannot be rebuilt. To store a value is to close its pipe. The stored values
+    must stop the flow: every path then crosses a stored value, so everything in front
+    of it can be rebuilt. The closed pipes with the least total capacity are a minimum
+    cut. Ties go to the cut nearest the needed values.
 
-    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956).
-    Each value is a pipe whose capacity is its size. Flow starts at the needed values
-    and ends in the sources. When no more flow fits, the pipes whose entry can be
-    reached and whose exit cannot be are the cut.
+    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956):
+    send as much flow as possible. Then cut the full pipes that can still be reached.
+    PyTorch's ``min_cut_rematerialization_partition`` chooses what to store between the
+    forward and the backward pass in the same way.
 
     Args:
-      needed: The values that must be kept or rebuilt.
-      sources: The values that cannot be rebuilt.
-      inputs_of: For all other values, the values from which they are rebuilt.
-      sizes: The size of every value, in bytes.
+      needed: The ids of the values that must be stored or rebuilt.
+      cannot_rebuild: The ids of the values that can only be stored.
+      rebuilt_from: The inputs of all other values.
+      sizes: The size of every value in bytes, by id.
     """
-    end: _Node = (-1, "end")
+    exit_node: _Node = (-1, "out")
     capacity: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
     def connect(tail: _Node, head: _Node, limit: float) -> None:
         capacity[tail][head] = limit
-        capacity[head].setdefault(tail, 0)  # A later path can send flow back.
+        capacity[head].setdefault(tail, 0)  # how much flow can be taken back
 
-    for value in sorted(sources.union(inputs_of)):
-        if value in sources:
-            connect((value, "exit"), end, math.inf)
-        else:
-            for inner in inputs_of[value]:
-                connect((value, "exit"), (inner, "entry"), math.inf)
-        connect((value, "entry"), (value, "exit"), sizes[value])
+    for value_id in cannot_rebuild:
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        connect((value_id, "out"), exit_node, math.inf)
+    for value_id, input_ids in rebuilt_from.items():
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        for input_id in input_ids:
+            connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # No path leads from an exhausted node to the end. This remains true while flow is
-    # added elsewhere, so an exhausted node is never searched again.
-    exhausted: set[_Node] = set()
+    # The nodes that flow can reach without ever reaching the exit. Flow that is sent
+    # later cannot change that, so they are never searched again.
+    dead_ends: set[_Node] = set()
 
     def find_path(start: _Node) -> list[tuple[_Node, _Node]]:
-        """Returns the steps of a path with free capacity from a node to the end."""
+        """Returns the edges of a path with free capacity to the exit, or nothing."""
         came_from = {start: start}
         stack = [start]
-        while stack:
+        while stack and exit_node not in came_from:
             node = stack.pop()
-            if node == end:
-                steps = []
-                while node != start:
-                    steps.append((came_from[node], node))
-                    node = came_from[node]
-                return steps
-            # The way ahead was connected first. Push it last, to try it first.
-            for neighbour, free in reversed(capacity[node].items()):
-                if (
-                    free > 0
-                    and neighbour not in came_from
-                    and neighbour not in exhausted
-                ):
-                    came_from[neighbour] = node
-                    stack.append(neighbour)
-        exhausted.update(came_from)
-        return []
+            for neighbor, free in capacity[node].items():
+                if free > 0 and neighbor not in came_from and neighbor not in dead_ends:
+                    came_from[neighbor] = node
+                    stack.append(neighbor)
+        if exit_node not in came_from:
+            dead_ends.update(came_from)
+            return []
+        edges = []
+        head = exit_node
+        while head != start:
+            edges.append((came_from[head], head))
+            head = came_from[head]
+        return edges
 
-    for value in needed:
-        while steps := find_path((value, "entry")):
-            flow = min(capacity[tail][head] for tail, head in steps)
-            for tail, head in steps:
+    for value_id in needed:
+        while edges := find_path((value_id, "in")):
+            flow = min(capacity[tail][head] for tail, head in edges)
+            for tail, head in edges:
                 capacity[tail][head] -= flow
                 capacity[head][tail] += flow
 
+    # Flow reaches one end of the pipes in the cut, and cannot reach the other.
     cut = set()
-    for value, side in exhausted:
-        if side == "entry" and (value, "exit") not in exhausted:
-            cut.add(value)
+    for value_id, end in dead_ends:
+        if end == "in" and (value_id, "out") not in dead_ends:
+            cut.add(value_id)
     return cut
 
 
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP, and freeze the middle one.
-# If you only need the tool, delete everything from here on.
+# If you only need the library, delete everything from here on. The imports stand here
+# to make that possible.
 
 import argparse
 import itertools
@@ -1053,7 +1135,9 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
     {'linear_0': {'b': (300,), 'w': (1, 300)}, 'linear_1': {'b': (10,), 'w': (300, 10)}}
     """
     if len(sizes) < 2:
-        raise ValueError(f"sizes must be at least an input and an output, got {sizes}")
+        raise ValueError(
+            f"sizes needs two or more widths, input to output; got {sizes}"
+        )
     for size in sizes:
         _require_positive("every size", size)
     params = {}
@@ -1067,12 +1151,13 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
 
 
 def _require_positive(label: str, number: Any) -> None:
+    # Not isinstance, because True is an instance of int.
     if type(number) not in (int, np.int32, np.int64) or number < 1:
         raise ValueError(f"{label} must be a positive integer, got {number!r}")
 
 
 def apply(params: Params, x: Array) -> Array:
-    """Applies the MLP, with a ReLU between the layers.
+    """Applies the MLP, with a ReLU between layers.
 
     Args:
       params: What ``init`` returns, without holes.
@@ -1088,12 +1173,12 @@ def apply(params: Params, x: Array) -> Array:
     >>> apply(init(jax.random.key(0), [1, 300, 10]), jnp.ones((5, 1))).shape
     (5, 10)
     """
-    # JAX sorts the keys of dicts, linear_10 before linear_2. Go by the numbers.
+    # JAX sorts dict keys as strings, linear_10 before linear_2, so count instead.
     layers = [f"linear_{i}" for i in range(len(params))]
     if not layers or set(layers) != set(params):
         names = [repr(name) for name in params]
         raise ValueError(
-            f"the layers must be linear_0, linear_1, ..., but are {_listing(names)}"
+            f"the layers must be linear_0, linear_1, ..., but are {_first_ten(names)}"
         )
     for layer in layers:
         w, b = params[layer]["w"], params[layer]["b"]
@@ -1108,6 +1193,7 @@ def apply(params: Params, x: Array) -> Array:
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
+        # Written out, this also works if jax_numpy_rank_promotion is "raise".
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1116,9 +1202,9 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
     """Returns the mean softmax cross-entropy of the MLP.
 
     Args:
-      trainable: The parameters to differentiate; ``jax.grad`` differentiates the first
-        argument of a function.
-      frozen: The other parameters.
+      trainable: The parameters to differentiate, with holes. ``jax.grad``
+        differentiates a function with respect to its first argument.
+      frozen: The other parameters, with holes.
       x: The inputs, of shape (..., in).
       y: The labels: integers of shape (...). A label outside 0, ..., out - 1 adds
         nothing to the loss.
@@ -1144,7 +1230,7 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
             f"labels of shape {y.shape} do not match logits of shape {logits.shape}"
         )
     if y.dtype.itemsize < 4:
-        y = y.astype(jnp.int32)  # 8 bits cannot count more than 256 classes
+        y = y.astype(jnp.int32)  # one_hot would wrap around at 256 classes
     is_label = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
     # Select instead of multiplying by 0, because 0 * -inf is nan.
     log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
@@ -1170,6 +1256,8 @@ def sgd_step(params: T, grads: T, lr: Any = 0.1) -> T:
     {'b': Hole(), 'w': Array(0.75, dtype=float32)}
     """
     _require_floating(params)
+    if not _same_structure(params, grads):
+        raise ValueError(_structure_error({"params": params, "grads": grads}))
 
     def update(path: KeyPath, p: Any, g: Any) -> Array:
         new = p - g * lr
@@ -1200,12 +1288,12 @@ def train_step(
 ) -> tuple[T, Array]:
     """Takes one step of SGD on ``loss_fn``.
 
-    The arguments are those of ``loss_fn`` and ``sgd_step``, and so are the errors.
+    The arguments and errors are those of ``loss_fn`` and ``sgd_step``.
 
     Returns:
       The new trainable part, and the loss before the step.
     """
-    _require_floating(trainable)
+    _require_floating(trainable)  # the error of jax.grad does not name the leaf
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
@@ -1214,7 +1302,7 @@ def train_step(
 def train(
     trainable: T, frozen: PyTree, xs: Array, ys: Array, lr: Any = 0.1
 ) -> tuple[T, Array]:
-    """Calls ``train_step`` on many batches, in a single dispatch.
+    """Runs ``train_step`` on many batches in one call, with ``jax.lax.scan``.
 
     Args:
       trainable: The trainable part.
@@ -1246,13 +1334,13 @@ def train(
 def dataset(
     key: Array, num_records: int, batch_size: int = 10, num_classes: int = 10
 ) -> tuple[Array, Array]:
-    """Draws batches of numbers whose labels are the numbers themselves.
+    """Generates batches for learning the identity: each number is its own label.
 
     Args:
       key: A JAX random key.
       num_records: The number of batches.
-      batch_size: The number of different numbers in a batch.
-      num_classes: The numbers are 0, ..., num_classes - 1.
+      batch_size: The number of examples in a batch. They are distinct.
+      num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
     Returns:
       The inputs, float32 of shape (num_records, batch_size, 1), and the labels, int32
@@ -1291,7 +1379,7 @@ def _print_predictions(title: str, params: Params, numbers: range) -> None:
 
 
 def _print_changes(before: Params, after: Params) -> None:
-    """Prints which leaves changed, and which ones kept every bit."""
+    """Prints which leaves changed, and which ones are equal bit for bit."""
     changed, unchanged = [], []
     new_leaves = jax.tree.leaves(after)
     for (path, old), new in zip(tree_flatten_with_path(before)[0], new_leaves):
@@ -1304,18 +1392,18 @@ def _print_changes(before: Params, after: Params) -> None:
 
 
 def _plot_error(file: Path) -> str | None:
-    """Returns why a picture cannot be written to a file, or None."""
+    """Returns an error message if a plot cannot be written to a file, or None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "matplotlib is missing: pip install matplotlib"
+        return "this needs matplotlib: pip install matplotlib"
     formats = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         return f"the suffix must be one of {', '.join(formats)}"
     if not file.parent.is_dir():
         return "the folder does not exist"
     if file.is_dir():
-        return "this is a folder"
+        return "the path is a folder"
     return None
 
 
@@ -1338,7 +1426,7 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
             axis.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
         figure.colorbar(image, ax=list(column), location="bottom")
 
-    # Write the whole picture or nothing.
+    # Rename a finished file, so that a failure leaves no half of a picture.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         part = Path(folder, file.name)
         figure.savefig(part, dpi=150)
@@ -1348,7 +1436,8 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and last layer of an MLP to learn the identity."""
     parser = argparse.ArgumentParser(
-        description="Train the first and last layer of an MLP, the middle one frozen."
+        description="Train the first and last layer of an MLP, the middle one frozen.",
+        usage=argparse.SUPPRESS,
     )
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
