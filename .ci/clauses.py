@@ -56,8 +56,8 @@ PARTITION = [
     ),
     Clause(
         "a tree of bools may have another structure",
-        "if treedef != jax.tree.structure(tree):",
-        "if len(entries) != len(jax.tree.leaves(tree)):",
+        "if not _same_structure(bools, tree):",
+        "if len(entries) != len(_names(tree)):",
     ),
 ]
 
@@ -97,28 +97,28 @@ WARM_START = [
     ),
     Clause(
         "a leaf of old without a place in new is dropped",
-        "if not _is_hole(node) and not expected:",
-        "if _is_hole(node) and not expected:",
+        "if not _is_hole(node) and name not in new_nodes and name not in unused_names:",
+        "if _is_hole(node) and name not in new_nodes and name not in unused_names:",
     ),
     Clause(
         "a fresh leaf takes the value in old, if there is one",
-        "elif name in fresh_names or _is_hole(old_nodes[name]):",
-        "elif name not in old_nodes or _is_hole(old_nodes[name]):",
+        "if name in fresh_names:",
+        "if name in fresh_names and name not in old_nodes:",
     ),
     Clause(
         "a hole in old replaces a leaf of new",
-        "elif name in fresh_names or _is_hole(old_nodes[name]):",
-        "elif name in fresh_names:",
+        "elif _is_hole(old_nodes[name]):",
+        "elif name is old_nodes[name]:",
     ),
     Clause(
         "dtypes may differ",
-        "if str(wanted) != str(found):",
-        "if wanted.shape != found.shape:",
+        "wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))",
+        "wanted, found = _spec(node).shape, _spec(old_nodes[name]).shape",
     ),
     Clause(
         "shapes may differ",
-        "if str(wanted) != str(found):",
-        "if wanted.dtype != found.dtype:",
+        "wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))",
+        "wanted, found = _spec(node).dtype, _spec(old_nodes[name]).dtype",
     ),
     Clause(
         "of two leaves with one name, the last one counts",
@@ -130,31 +130,34 @@ WARM_START = [
 HOIST = [
     Clause(
         "no control flow is hoisted",
-        "if operation.has_effect or not late.isdisjoint(operation.inputs):",
-        """if (
+        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
+        """is_late = (
             operation.has_effect
             or not late.isdisjoint(operation.inputs)
-            or operation.costly.intersection({"scan", "while", "cond"})
-        ):""",
+            or bool(operation.costly_primitives & {"scan", "while", "cond"})
+        )""",
     ),
     Clause(
         "no custom gradient is hoisted",
-        "if operation.has_effect or not late.isdisjoint(operation.inputs):",
-        """if (
+        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
+        """is_late = (
             operation.has_effect
             or not late.isdisjoint(operation.inputs)
-            or any("custom_vjp" in name for name in operation.costly)
-        ):""",
+            or any("custom_vjp" in name for name in operation.costly_primitives)
+        )""",
     ),
     Clause(
         "an operation with an effect runs once",
-        "if operation.has_effect or not late.isdisjoint(operation.inputs):",
-        "if not late.isdisjoint(operation.inputs):",
+        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
+        "is_late = not late.isdisjoint(operation.inputs)",
     ),
     Clause(
         "ties go to the earlier value",
-        'connect((value, "entry"), (value, "exit"), sizes[value])',
-        'connect((value, "entry"), (value, "exit"), sizes[value] + value / 2**20)',
+        "sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]",
+        """sizes = [
+            aval.size * aval.dtype.itemsize + value_id / 2**20
+            for value_id, aval in enumerate(program.avals)
+        ]""",
     ),
     Clause(
         "the fewest values are kept, not the fewest bytes",
@@ -168,18 +171,23 @@ HOIST = [
     ),
     Clause(
         "nothing is rebuilt",
-        "if early_inputs and costly:",
-        "if early_inputs:",
+        "            if is_costly:\n",
+        "            if operation:\n",
     ),
     Clause(
         "costly results are rebuilt",
-        "costly = operation.costly or not costly_weights.isdisjoint(operation.inputs)",
-        "costly = not costly_weights.isdisjoint(operation.inputs)",
+        "is_costly = bool(operation.costly_primitives) or reads_costly_fixed",
+        "is_costly = reads_costly_fixed",
     ),
     Clause(
-        "costly results of weights are rebuilt",
-        "costly = operation.costly or not costly_weights.isdisjoint(operation.inputs)",
-        "costly = operation.costly",
+        "costly results of weights alone are rebuilt",
+        "is_costly = bool(operation.costly_primitives) or reads_costly_fixed",
+        "is_costly = bool(operation.costly_primitives)",
+    ),
+    Clause(
+        "outputs that only the batch makes are forgotten",
+        "needed.update(early.intersection(program.outputs))",
+        "needed.update(early.intersection(program.inputs))",
     ),
     Clause(
         "the flow is greedy: it is never sent back",
@@ -188,8 +196,8 @@ HOIST = [
     ),
     Clause(
         "a useless hoist is silent if it moves a reduction",
-        "if not operation.costly.issubset(_REDUCTIONS):",
-        "if operation.costly:",
+        "if operation.costly_primitives - _REDUCTIONS:",
+        "if operation.costly_primitives:",
     ),
     Clause(
         "weak types may differ",

@@ -62,13 +62,13 @@ def try_clauses() -> None:
     source = (REPOSITORY / "minifreeze.py").read_text()
     for clause in CLAUSES:
         mutated(source, clause)  # so that a misfit stops the run at once
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        answers = list(pool.map(lambda clause: is_noticed(clause, source), CLAUSES))
     unnoticed = []
-    for clause, noticed in zip(CLAUSES, answers):
-        print("noticed" if noticed else "SURVIVED", clause.name)
-        if not noticed:
-            unnoticed.append(clause)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        answers = pool.map(lambda clause: is_noticed(clause, source), CLAUSES)
+        for clause, noticed in zip(CLAUSES, answers):
+            print("noticed" if noticed else "SURVIVED", clause.name, flush=True)
+            if not noticed:
+                unnoticed.append(clause)
     if unnoticed:
         raise SystemExit(f"{len(unnoticed)} of {len(CLAUSES)} clause mutants survive")
 

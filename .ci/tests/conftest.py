@@ -19,7 +19,7 @@ from helpers import Params, random_mlp
 xla_flags = ["--xla_cpu_parallel_codegen_split_count=1"]
 if (0, 7) <= jax.__version_info__ < (0, 11):
     xla_flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(xla_flags))
+XLA_FLAGS = os.environ.setdefault("XLA_FLAGS", " ".join(xla_flags))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 COMPILE_QUICKLY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 jax.config.update("jax_disable_most_optimizations", COMPILE_QUICKLY)
@@ -27,6 +27,12 @@ jax.config.update("jax_disable_most_optimizations", COMPILE_QUICKLY)
 # JAX allocates many containers that live long. With the default threshold, the garbage
 # collector scans all of them again and again.
 gc.set_threshold(50_000)
+
+
+@pytest.fixture(autouse=True)
+def one_device_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides from subprocesses that test_minifreeze.py asks XLA for eight devices."""
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
 
 
 @pytest.fixture
