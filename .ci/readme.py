@@ -95,6 +95,8 @@ def speed_up(row: Row | None) -> str:
     """Returns how many times faster than training everything a row is."""
     if row is None or row["speedup"] is None:
         return MISSING
+    if not row["differs"] and row["method"] != "everything":
+        return "no difference"  # the spreads overlap
     value = row["speedup"]
     return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x"
 
@@ -263,15 +265,15 @@ def peers(file: str, small: str = "seed", large: str = "deep", clip: str = "no")
 def hardware(file: str) -> str:
     """A sentence: on what, with which versions and when a run was made."""
     card = read_results(file).card
-    text = f"{card['device_count']} x {card['device_kind']} ({card['cpu']})"
+    machine = f"{card['device_count']} x {card['device_kind']} ({card['cpu']})"
     if card["platform"] == "cpu":
-        text = card["cpu"]
-    commit = card.get("commit")
-    made_by = f" by commit {commit}" if commit else ""
-    return (
-        f"Measured on {text} with jax {card['jax']} and Python {card['python']},"
-        f" in {card['dtype']}, on {card['date']}{made_by}."
-    )
+        machine = card["cpu"]
+    action = "Compiled for" if card["platform"] == "tpu" else "Measured on"
+    text = f"{action} {machine} with jax {card['jax']} and Python {card['python']}"
+    text += f", in {card['dtype']}, on {card['date']}"
+    if card.get("commit") is not None:  # older results do not tell
+        text += f", at commit {card['commit'][:10]}"
+    return f"{text}."
 
 
 def versions() -> str:

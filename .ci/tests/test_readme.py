@@ -155,7 +155,13 @@ def test_three_digits(value: float, text: str) -> None:
     ("value", "text"), [(4.44, "4.4x"), (1, "1.0x"), (90.4, "90x"), (None, "–")]
 )
 def test_speed_up(value: float | None, text: str) -> None:
-    assert readme.speed_up({"speedup": value}) == text
+    row = {"method": "partition", "speedup": value, "differs": True}
+    assert readme.speed_up(row) == text
+
+
+def test_a_speed_up_inside_the_spread_is_no_difference() -> None:
+    row = {"method": "partition", "speedup": 1.1, "differs": False}
+    assert readme.speed_up(row) == "no difference"
 
 
 def test_a_table_is_written_in_the_place_between_its_marks(
@@ -170,6 +176,7 @@ def test_a_table_is_written_in_the_place_between_its_marks(
         "step_s": 0.0243,
         "spread_s": 0.0003,
         "speedup": 1.0,
+        "differs": True,
         "memory_bytes": 80_000_000,
     }
     faster = {**row, "method": "partition", "step_s": 0.0055, "speedup": 4.42}
