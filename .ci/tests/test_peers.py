@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +277,7 @@ def test_training_a_part_equals_optaxs_ways_to_freeze(
     assert changed(params, theirs) == OUTER_LAYERS
 
 
-def test_pitfall_optaxs_freeze_before_weight_decay_does_not_freeze(
+def test_optaxs_freeze_before_weight_decay_does_not_freeze(
     params: Params, x: Array, y: Array
 ) -> None:
     freeze = optax.transforms.freeze(mf.mask("linear_1", params))
@@ -406,21 +405,6 @@ def test_pitfall_optimizer_state_for_frozen_leaves(params: Params) -> None:
 
     head, _ = mf.partition("linear_2", params)
     assert nbytes(adam.init(head)) == 2 * nbytes(params["linear_2"]) + step_counter
-
-
-def test_pitfall_donating_the_trainable_part_deletes_the_original(
-    params: Params, x: Array, y: Array
-) -> None:
-    params = jax.tree.map(jnp.copy, params)
-    trainable, frozen = mf.partition("linear_2", params)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> PyTree:
-        return mf.train_step(trainable, frozen, x, y)
-
-    step(trainable, frozen, x, y)
-    deleted = [name for name, leaf in named(params).items() if leaf.is_deleted()]
-    assert deleted == HEAD
 
 
 def test_hole_error_optimizer_state_of_all_parameters(params: Params) -> None:
@@ -649,6 +633,23 @@ def test_hoist_names_the_activation_function_among_the_arrays(
 
     with pytest.raises(TypeError, match=r"activation.*close over"):
         mf.hoist(forward, head, body, x)
+
+
+def test_optax_calls_labels_that_are_an_equinox_model(
+    equinox_mlp: eqx.nn.MLP,
+) -> None:
+    """optax calls labels that are callable. An Equinox model is, so use a lambda."""
+    arrays, _ = mf.partition(lambda path, leaf: eqx.is_array(leaf), equinox_mlp)
+    trains = mf.mask("layers/2", arrays)
+    labels = jax.tree.map(lambda leaf: "train" if leaf else "freeze", trains)
+    transforms = {"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}
+    wrong = optax.transforms.partition(transforms, labels)
+    with pytest.raises((TypeError, ValueError)):
+        wrong.init(arrays)
+    right = optax.transforms.partition(transforms, lambda _: labels)
+    step_counter = 4
+    state = right.init(arrays)
+    assert nbytes(state) == 2 * nbytes(last_layer(arrays)) + step_counter
 
 
 def test_hole_error_equinox_model_called_as_a_part(
