@@ -22,8 +22,8 @@ If you use the same batches in every epoch, run the frozen layers only once per 
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions accept any pytree, are stateless, and never donate buffers. The library
-ends at the banner "the walk-through". The example below it can be deleted.
+The functions accept any pytree, are stateless, and never donate buffers. Everything
+below the banner "the walk-through" is an example, which you can delete.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _is_hole(node: Any) -> bool:
         return True
     if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):
         raise ValueError(
-            f"found a Hole from another copy of minifreeze ({type(node).__module__}, "
-            "imported twice or reloaded): use one copy to split and to merge"
+            f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
+            "the module was imported twice or reloaded. Split and merge with one copy"
         )
     return False
 
@@ -163,7 +163,7 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
     ({'a': {'b': 2, 'w': 1}, 'c': Hole()}, {'a': {'b': Hole(), 'w': Hole()}, 'c': 3})
     """
     leaves, treedef = jax.tree.flatten(tree)
-    selection = _select_some(where, tree)
+    selection = _select_at_least_one(where, tree)
     hole = Hole()
     selected = [leaf if chosen else hole for chosen, leaf in zip(selection, leaves)]
     others = [hole if chosen else leaf for chosen, leaf in zip(selection, leaves)]
@@ -179,14 +179,17 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     >>> mask("*/b", {"a": {"w": 1, "b": 2}, "c": 3})
     {'a': {'b': True, 'w': False}, 'c': False}
     """
-    return jax.tree.unflatten(jax.tree.structure(tree), _select_some(where, tree))
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), _select_at_least_one(where, tree)
+    )
 
 
-def _select_some(where: Where, tree: PyTree) -> list[bool]:
+def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
     """Like ``_select``, but raises ValueError if no leaf is selected."""
     if isinstance(where, (list, tuple)) and not where:
         raise ValueError("where is an empty list of patterns, which selects no leaf")
     selection = _select(where, tree)
+    # A tree without leaves has nothing to select.
     if selection and not any(selection):
         names = [repr(name) for name in _names(tree)]
         raise ValueError(f"where selects none of the leaves {_first_ten(names)}")
@@ -196,7 +199,7 @@ def _select_some(where: Where, tree: PyTree) -> list[bool]:
 def _select(where: Where, tree: PyTree) -> list[bool]:
     """Returns, for each leaf in tree order, whether ``where`` selects it.
 
-    The selection may be empty, because ``warm_start`` allows it.
+    It may select nothing, because ``warm_start`` allows that.
     """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
@@ -206,7 +209,8 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
     # A callable container, such as an Equinox model, is not a predicate.
-    if callable(where) and all_leaves([where]):
+    is_container = not all_leaves([where])
+    if callable(where) and not is_container:
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -231,9 +235,11 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 
 def _matches(glob: str, name: str) -> bool:
     """Returns whether a glob matches a name, or the name of a container above it."""
+    if not glob:
+        return False  # "/*" would match every name that begins with "/"
     # The glob "head" becomes "head/*". It matches "head/", and it matches "head/w/"
     # because * also matches "/". It does not match "head2/w/".
-    return glob != "" and fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
+    return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
 def _no_match_error(pattern: str, glob: str, tree: PyTree) -> str:
@@ -306,8 +312,9 @@ def _structure_error(
             if len(set(characters)) > 1:
                 break
             start += 1
+        start = max(0, start - 20)
         for label, text in zip(trees, texts):
-            problems.append(f"{label} is ..{text[max(0, start - 20) :][:80]}..")
+            problems.append(f"{label} is ..{text[start : start + 80]}..")
     return f"the structures differ: {_first_ten(problems)}"
 
 
@@ -318,10 +325,10 @@ def merge(*parts: T, partial: bool = False) -> T:
     """Merges parts of one tree. This is the inverse of ``partition``.
 
     Args:
-      *parts: One or more trees of the same structure, in any order. Exactly one of them
-        must hold each leaf, and the others must have a ``Hole`` in its place.
-      partial: If True, a position that is a hole in every part stays a hole. Use it to
-        merge some of the parts of a tree that you split more than once.
+      *parts: One or more trees of the same structure, in any order. Each leaf must be
+        in exactly one of them, and the others must have a ``Hole`` in its place.
+      partial: If True, a position that is a hole in every part stays a hole. Use this
+        to merge only some of the parts of a tree that you split several times.
 
     Returns:
       The merged tree. The leaves are shared, not copied.
@@ -348,11 +355,11 @@ def merge(*parts: T, partial: bool = False) -> T:
 
 
 def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Pairs up the leaves and holes of the parts of one tree.
+    """Lines up the leaves and holes of the parts of one tree.
 
     Returns:
-      A list of rows, and the structure of the tree. There is a row for each position in
-      the tree, which holds the leaf or hole of every part.
+      A list of rows, and the structure of the tree. Each position in the tree has a
+      row, with the leaf or hole of every part.
 
     Raises:
       ValueError: If the parts differ in structure.
@@ -427,21 +434,20 @@ def summary(**parts: PyTree) -> str:
     if not parts:
         raise TypeError("summary needs at least one part, as in summary(params=params)")
     if "total" in parts:
-        raise ValueError("choose another name for the part: 'total' is the last row")
+        raise ValueError("a part cannot be called 'total', which labels the last row")
     rows, _ = _align(parts)
     leaf_rows: list[Sequence[Any]] = [("path", "shape", "dtype", "count", "part")]
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
     for name, nodes in zip(_names_with_holes(parts), rows):
-        holders = [part for part, node in zip(parts, nodes) if not _is_hole(node)]
-        if len(holders) > 1:
+        held = [(part, node) for part, node in zip(parts, nodes) if not _is_hole(node)]
+        if len(held) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
-        for part, node in zip(parts, nodes):
-            if not _is_hole(node):
-                spec = _spec(node)
-                leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
-                counts[part] += spec.count
-                sizes[part] += spec.bytes
+        for part, leaf in held:
+            spec = _spec(leaf)
+            leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
+            counts[part] += spec.count
+            sizes[part] += spec.bytes
 
     counts["total"] = sum(counts.values())
     sizes["total"] = sum(sizes.values())
@@ -466,7 +472,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Copies the leaves of ``old`` into ``new``, and accounts for every leaf.
+    """Copies the leaves of ``old`` into ``new``, and raises if any leaf is left over.
 
     Use it to load a checkpoint, and to change the frozen set during training:
     ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
@@ -480,14 +486,19 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     * Every other leaf of ``new`` takes the value of the leaf of the same name in
       ``old``. If ``old`` has a ``Hole`` there, because the leaf was frozen, the leaf
       keeps its value from ``new``.
-    * Every leaf of ``old`` that is not used must correspond to a ``Hole`` in ``new``,
-      because the leaf is now frozen, or be selected by ``fresh`` or ``unused``.
+    * Every leaf of ``old`` must have a counterpart of the same name in ``new``, unless
+      ``unused`` selects it. If the leaf is now frozen, the counterpart is a ``Hole``.
+
+    Adam's step count is a leaf like any other. If ``old`` provides it, leaves that were
+    frozen until now get almost no bias correction: at step 5,000, their first update is
+    about (1 - b1) / sqrt(1 - b2) = 0.1 / sqrt(0.001) = 3.2 learning rates. To restart
+    the count, select it with ``fresh``. Its name is ``0/count`` in ``optax.adam``.
 
     Args:
       new: The tree to fill.
       old: The tree to take values from.
-      fresh: Selects leaves of ``new``, like ``where`` in ``partition``. Unlike there,
-        it may select nothing, which is the default.
+      fresh: Selects leaves of ``new``, like the ``where`` of ``partition``. Unlike
+        ``where``, it may select nothing (the default).
       unused: Selects leaves of ``old`` in the same way.
 
     Returns:
@@ -498,11 +509,6 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
         no place in ``new``, if shapes or dtypes differ, if a name occurs twice in one
         tree, or if a pattern matches no leaf.
       TypeError: If ``fresh`` or ``unused`` is not a valid ``where``.
-
-    Adam's step count is a leaf like any other. If ``old`` provides it, leaves that were
-    frozen until now get no bias correction. After 5,000 steps, their first update is
-    about (1 - b1) / sqrt(1 - b2) = 0.1 / sqrt(0.001) = 3.2 learning rates. To restart
-    the count, select it with ``fresh``. Its name is ``0/count`` in ``optax.adam``.
 
     >>> warm_start({"a": 0, "b": 0, "c": Hole()}, {"a": 7, "b": Hole(), "c": 8})
     {'a': 7, 'b': 0, 'c': Hole()}
@@ -526,8 +532,8 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
             leaves.append(node)
         else:
             leaves.append(old_nodes[name])
-            wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))
-            if wanted != found:
+            wanted, found = _spec(node), _spec(old_nodes[name])
+            if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
                 mismatches.append(f"{name!r} is {wanted} in new and {found} in old")
 
     without_place = []
@@ -557,13 +563,13 @@ def _warm_start_error(
         )
         if not _names_of_none(old).isdisjoint(without_value):
             problems.append(
-                "some of these are None in old, as holes are in a checkpoint that was "
-                "restored without a target: select them with fresh"
+                "some of these are None in old: a checkpoint that was restored without "
+                "a target has None in place of holes. Select them with fresh"
             )
     if without_place:
         problems.append(
             f"new has no place for {_first_ten(map(repr, without_place))} "
-            "(to leave out a value of old, select it with unused)"
+            "(to ignore a value of old, select it with unused)"
         )
     if mismatches:
         problems.append(f"shapes or dtypes differ: {_first_ten(mismatches)}")
@@ -595,7 +601,7 @@ def _names_of_none(tree: PyTree) -> set[str]:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Cheap primitives take about as long as reading their stored results would.
+# Cheap primitives: recomputing a result takes about as long as reading it from memory.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -621,7 +627,7 @@ _RANDOM_BITS = """
 """.split()
 _CHEAP = frozenset(_ELEMENTWISE + _CASTS_AND_MOVES + _IDENTITIES + _RANDOM_BITS)
 
-# Reductions are costly, but to save nothing else is hardly worth the memory.
+# Reductions are costly, but hoisting is hardly worthwhile if it saves nothing else.
 _REDUCTIONS = frozenset(
     """
     argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
@@ -658,22 +664,26 @@ def hoist(
     ``x @ body`` is early and costly, so ``rest`` must not compute it. Its ``tanh`` is
     early and cheap. The product with ``head`` is late, and reads the ``tanh``. The
     ``tanh`` and ``x @ body`` have the same size, so the later one, the ``tanh``, is
-    stored. If ``x`` were cast to a larger dtype after the ``tanh``, the ``tanh`` would
-    be stored, and the cast repeated in every step.
+    stored. If it were then cast to a larger dtype, ``hoist`` would still store the
+    ``tanh``, and ``rest`` would repeat the cast in every step.
 
-    Cheap operations are elementwise functions, casts, moves of data (slices, gathers,
-    transposes, ...), random bits, and a ``jit`` or ``custom_jvp`` that contains cheap
-    operations only. All others are costly, and ``rest`` never repeats them for early
-    values: products, convolutions, reductions, sorts, and also cheap operations that
-    read the result of a costly operation on fixed values.
+    Cheap operations are elementwise functions, casts, data movement (slices, gathers,
+    transposes, ...) and random bits. All others are costly, and ``rest`` never repeats
+    them for early values: products, convolutions, reductions, sorts, ... An operation
+    that reads a fixed value is costly, too, if a costly operation made that value.
+    To rebuild ``(embeddings @ projection)[ids]``, for example, ``rest`` would repeat
+    the product.
 
-    Operations that contain a function move as a whole or not at all: ``scan``,
-    ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
-    ``jit`` with shardings. For example, a ``scan`` over the layers of a model is late
-    if one of the layers is trainable.
+    An operation that contains functions is never split: ``scan``, ``while_loop``,
+    ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a ``jit`` with
+    shardings. It is costly, and it is late as a whole if any of its inputs is late. A
+    ``scan`` over the layers of a model is late if one of the layers is trainable. The
+    exceptions are a ``jit`` without shardings, which counts as the operations in it,
+    and a ``custom_jvp``, which is cheap if all operations in it are.
 
     Costly results of the batch alone are stored even if they are larger than the batch,
-    such as ``x @ x.T``. Long chains of cheap operations are repeated in every step.
+    such as ``x @ x.T``. Cheap operations are repeated in every step, however long the
+    chain.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
@@ -681,13 +691,13 @@ def hoist(
         to step here, such as random keys and counters:
         ``fn((params, key), frozen, x)``. A key in the batch is fixed with the batch.
       frozen: The part that does not change.
-      *batch: The data. Data that ``fn`` closes over would count as fixed.
+      *batch: The data. Data that ``fn`` closes over count as fixed.
 
     Returns:
       A tuple ``(once, rest)`` of functions:
 
       * ``once(frozen, *batch)`` returns a tuple of arrays to store. Call it under
-        ``jax.jit``, and look at the shapes to see what you store per batch.
+        ``jax.jit``. The shapes of its results tell what you store per batch.
       * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns, where ``kept`` is
         the result of ``once``.
 
@@ -709,12 +719,13 @@ def hoist(
     ([(5, 2)], (5,))
     """
     expected = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
-    # A lambda of our own bypasses JAX's cache of traces. A cached trace of fn would be
-    # wrong if values that fn closes over have changed.
-    traced, out = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(
-        trainable, frozen, *batch
-    )
-    program = _inline_jits(traced)
+    # A new lambda bypasses JAX's trace cache. A cached trace would be wrong if values
+    # that fn closes over have changed.
+    closed_jaxpr, out_shapes = jax.make_jaxpr(
+        lambda *args: fn(*args), return_shape=True
+    )(trainable, frozen, *batch)
+    out_treedef = jax.tree.structure(out_shapes)
+    program = _to_program(closed_jaxpr)
     frozen_start = len(jax.tree.leaves(trainable))
     batch_start = frozen_start + len(jax.tree.leaves(frozen))
     trainable_ids = program.inputs[:frozen_start]
@@ -738,10 +749,10 @@ def hoist(
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
         _require_same(expected, {"trainable": trainable, "frozen": frozen})
-        # Storing an array loses its weak type, which no longer matters here.
+        # Storing an array loses its weak type, but here it no longer matters.
         _require_same(expected, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
-        return jax.tree.unflatten(jax.tree.structure(out), outputs)
+        return jax.tree.unflatten(out_treedef, outputs)
 
     return once, rest
 
@@ -792,7 +803,7 @@ def _require_same(
     for (path, wanted), found in zip(entries, jax.tree.leaves(arguments)):
         if describe(wanted) != describe(found):
             problems.append(
-                f"{_name(path)!r} was {describe(wanted)}, and is {describe(found)} now"
+                f"{_name(path)!r}: expected {describe(wanted)}, got {describe(found)}"
             )
     if problems:
         raise ValueError(
@@ -825,10 +836,15 @@ class _Program:
     avals: list[Any]  # the shape and dtype of every value
 
 
-def _inline_jits(traced: Any) -> _Program:
-    """Converts a traced function to a program, and inlines all plain jits."""
+def _to_program(closed_jaxpr: Any) -> _Program:
+    """Converts a traced function to a program, and dissolves all plain jits."""
     from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
+
+    # Remove dead code. A trainable leaf that a scan carries along unused, for example,
+    # would make the whole scan late. ``instantiate`` keeps all inputs of the function.
+    all_outputs = [True] * len(closed_jaxpr.out_avals)
+    live_jaxpr, _ = dce_jaxpr(closed_jaxpr.jaxpr, all_outputs, instantiate=True)
 
     operations: list[_Operation] = []
     constants: dict[int, Any] = {}
@@ -843,7 +859,7 @@ def _inline_jits(traced: Any) -> _Program:
         constants[value_id] = constant
         return value_id
 
-    def inline(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+    def add(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
         """Adds the operations of a jaxpr, and returns the ids of its outputs."""
         ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
         for variable, constant in zip(jaxpr.constvars, consts):
@@ -856,15 +872,16 @@ def _inline_jits(traced: Any) -> _Program:
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
+                # The variables in the body need ids, even if they stand for literals.
                 body = eqn.params["jaxpr"]
                 arguments = [id_of(atom) for atom in eqn.invars]
-                outputs = inline(body.jaxpr, body.consts, arguments)
+                outputs = add(body.jaxpr, body.consts, arguments)
             else:
-                # Literals remain inside the equation. Variables are its inputs.
+                # Literals remain inside the equation. Only variables are inputs.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_as_function(eqn, variables, template=traced),
+                    run=_as_function(eqn, variables, closed_jaxpr),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     costly_primitives=_costly_primitives(eqn),
@@ -874,35 +891,32 @@ def _inline_jits(traced: Any) -> _Program:
             ids.update(zip(eqn.outvars, outputs))
         return [id_of(atom) for atom in jaxpr.outvars]
 
-    # Remove dead code first. A trainable leaf that a scan carries along unused, for
-    # example, would make the whole scan late.
-    all_outputs = [True] * len(traced.out_avals)
-    jaxpr, _ = dce_jaxpr(traced.jaxpr, all_outputs, instantiate=True)
-    inputs = [new_value(variable.aval) for variable in jaxpr.invars]
-    outputs = inline(jaxpr, traced.consts, inputs)
+    inputs = [new_value(variable.aval) for variable in live_jaxpr.invars]
+    outputs = add(live_jaxpr, closed_jaxpr.consts, inputs)
     return _Program(inputs, operations, outputs, constants, avals)
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy array, as custom derivative rules may call ``.at`` on it."""
+    """Converts a NumPy array, because custom derivative rules may use JAX's ``.at``."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
-    with jax.ensure_compile_time_eval():  # an array, even if hoist itself is traced
+    with jax.ensure_compile_time_eval():  # concrete, even if hoist is called in a trace
         return jnp.asarray(constant)
 
 
-def _as_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+def _as_function(eqn: Any, inputs: list[Any], closed_jaxpr: Any) -> Function:
     """Returns an equation of a jaxpr as a function of its input variables.
 
-    The function runs a jaxpr with this equation alone, because the signature of
-    ``Primitive.bind`` varies between versions of JAX.
+    The function runs a jaxpr with this equation alone. This does not depend on the
+    version of JAX, while the signatures of ``Primitive.bind`` and of the constructors
+    do. What the new jaxpr inherits from the old one is not used when it runs.
     """
     from jax.extend.core import jaxpr_as_fun
 
-    jaxpr = template.jaxpr.replace(
+    jaxpr = closed_jaxpr.jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
     )
-    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
+    return cast(Function, jaxpr_as_fun(closed_jaxpr.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _is_plain_jit(eqn: Any) -> bool:
@@ -918,7 +932,7 @@ def _costly_primitives(eqn: Any) -> set[str]:
     name = eqn.primitive.name
     if name in _CHEAP:
         return set()
-    if _is_plain_jit(eqn):
+    if _is_plain_jit(eqn):  # inside a custom_jvp; the others have been dissolved
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
@@ -938,7 +952,8 @@ def _run(program: _Program, inputs: list[Any]) -> list[Array]:
         arguments = [values[value_id] for value_id in operation.inputs]
         values.update(zip(operation.outputs, operation.run(*arguments)))
     outputs = [values[value_id] for value_id in program.outputs]
-    # device_put keeps the weak type of a Python number in every version of JAX.
+    # An output can be a Python number: a literal, or an argument passed through.
+    # device_put keeps its weak type in every version of JAX.
     return [x if isinstance(x, Array) else jax.device_put(x) for x in outputs]
 
 
@@ -970,8 +985,8 @@ def _warn_if_useless(once_program: _Program) -> None:
             return
     warnings.warn(
         "hoist found nothing costly to compute once per batch: apart from reductions, "
-        "every costly operation depends on a trainable leaf, or not on the batch (pass "
-        "data that fn closes over as the batch)",
+        "every costly operation depends on a trainable leaf, or does not depend on the "
+        "batch. If fn closes over data, pass it as the batch",
         stacklevel=3,
     )
 
@@ -985,10 +1000,14 @@ def _values_to_keep(
     """
     late = set(trainable)
     early = set(batch)
-    costly_fixed: set[int] = set()  # fixed values that take a costly operation to make
-    needed: set[int] = set()  # early values that rest needs
-    cannot_rebuild = set(batch)  # early values that cheap operations cannot rebuild
-    rebuilt_from: dict[int, list[int]] = {}  # all other early values
+    # Early values that rest needs.
+    needed: set[int] = set()
+    # Early values that rest could only rebuild by a costly operation.
+    cannot_rebuild = set(batch)
+    # All other early values, with the early values that they are rebuilt from.
+    rebuilt_from: dict[int, list[int]] = {}
+    # Fixed values that were made by a costly operation, or from such a value.
+    costly_fixed: set[int] = set()
     for operation in program.operations:
         early_inputs = [value_id for value_id in operation.inputs if value_id in early]
         is_late = operation.has_effect or not late.isdisjoint(operation.inputs)
@@ -1012,7 +1031,7 @@ def _values_to_keep(
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
-_Node: TypeAlias = tuple[int, str]
+_End: TypeAlias = tuple[int, str]  # an end of a pipe in _minimum_cut
 
 
 def _minimum_cut(
@@ -1023,75 +1042,80 @@ def _minimum_cut(
 ) -> set[int]:
     """Returns the values to store so that all needed values can be rebuilt.
 
-    Think of the values as pipes. The capacity of a pipe is the size of the value. Water
-    enters the pipes of all needed values. From each pipe it flows on into the pipes of
-    the values that this one is rebuilt from, and it leaves the network at the values
-    that cannot be rebuilt. To store a value is to close its pipe. The stored values
-    must stop the flow: every path then crosses a stored value, so everything in front
-    of it can be rebuilt. The closed pipes with the least total capacity are a minimum
-    cut. Ties go to the cut nearest the needed values.
+    Think of each value as a pipe with a near end and a far end. Its capacity is the
+    size of the value. Flow enters at the near ends of the needed values. From the far
+    end of a pipe it goes on to the near ends of the values that this value is rebuilt
+    from, against the direction of the computation. Where a value cannot be rebuilt, the
+    far end is connected to a sink.
+
+    To store a value is to block its pipe. If the blocked pipes stop all flow, every way
+    from a needed value to the sink leads through a stored value. Then all values
+    before it can be rebuilt. The blocked pipes with the least total capacity are a
+    minimum cut. If there are several, this function returns the one that is nearest to
+    the needed values.
 
     The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956):
-    send as much flow as possible. Then cut the full pipes that can still be reached.
-    PyTorch's ``min_cut_rematerialization_partition`` chooses what to store between the
-    forward and the backward pass in the same way.
+    send as much flow as possible, and block each pipe whose near end can still be
+    reached while its far end cannot. PyTorch's
+    ``min_cut_rematerialization_partition`` uses the same idea to choose what to store
+    between the forward and the backward pass.
 
     Args:
       needed: The ids of the values that must be stored or rebuilt.
       cannot_rebuild: The ids of the values that can only be stored.
-      rebuilt_from: The inputs of all other values.
+      rebuilt_from: For all other values, the ids of the values to rebuild them from.
       sizes: The size of every value in bytes, by id.
     """
-    exit_node: _Node = (-1, "out")
-    capacity: dict[_Node, dict[_Node, float]] = defaultdict(dict)
+    sink: _End = (-1, "sink")
+    free_capacity: dict[_End, dict[_End, float]] = defaultdict(dict)
 
-    def connect(tail: _Node, head: _Node, limit: float) -> None:
-        capacity[tail][head] = limit
-        capacity[head].setdefault(tail, 0)  # how much flow can be taken back
+    def connect(tail: _End, head: _End, capacity: float) -> None:
+        free_capacity[tail][head] = capacity
+        free_capacity[head].setdefault(tail, 0)  # how much flow can be sent back
 
     for value_id in cannot_rebuild:
-        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
-        connect((value_id, "out"), exit_node, math.inf)
+        connect((value_id, "near"), (value_id, "far"), sizes[value_id])
+        connect((value_id, "far"), sink, math.inf)
     for value_id, input_ids in rebuilt_from.items():
-        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        connect((value_id, "near"), (value_id, "far"), sizes[value_id])
         for input_id in input_ids:
-            connect((value_id, "out"), (input_id, "in"), math.inf)
+            connect((value_id, "far"), (input_id, "near"), math.inf)
 
-    # The nodes that flow can reach without ever reaching the exit. Flow that is sent
-    # later cannot change that, so they are never searched again.
-    dead_ends: set[_Node] = set()
+    # All ends that a search reached without finding a way to the sink. No later search
+    # needs to enter them: flow that is sent outside does not open a way inside.
+    reached: set[_End] = set()
 
-    def find_path(start: _Node) -> list[tuple[_Node, _Node]]:
-        """Returns the edges of a path with free capacity to the exit, or nothing."""
+    def find_way(start: _End) -> list[tuple[_End, _End]]:
+        """Returns the steps of a way with free capacity to the sink, or nothing."""
         came_from = {start: start}
         stack = [start]
-        while stack and exit_node not in came_from:
-            node = stack.pop()
-            for neighbor, free in capacity[node].items():
-                if free > 0 and neighbor not in came_from and neighbor not in dead_ends:
-                    came_from[neighbor] = node
+        while stack and sink not in came_from:
+            end = stack.pop()
+            for neighbor, free in free_capacity[end].items():
+                if free > 0 and neighbor not in came_from and neighbor not in reached:
+                    came_from[neighbor] = end
                     stack.append(neighbor)
-        if exit_node not in came_from:
-            dead_ends.update(came_from)
+        if sink not in came_from:
+            reached.update(came_from)
             return []
-        edges = []
-        head = exit_node
+        steps = []
+        head = sink
         while head != start:
-            edges.append((came_from[head], head))
+            steps.append((came_from[head], head))
             head = came_from[head]
-        return edges
+        return steps
 
     for value_id in needed:
-        while edges := find_path((value_id, "in")):
-            flow = min(capacity[tail][head] for tail, head in edges)
-            for tail, head in edges:
-                capacity[tail][head] -= flow
-                capacity[head][tail] += flow
+        while way := find_way((value_id, "near")):
+            flow = min(free_capacity[tail][head] for tail, head in way)
+            for tail, head in way:
+                free_capacity[tail][head] -= flow
+                free_capacity[head][tail] += flow
 
-    # Flow reaches one end of the pipes in the cut, and cannot reach the other.
+    # Now no flow can be added, and ``reached`` holds all ends on this side of the cut.
     cut = set()
-    for value_id, end in dead_ends:
-        if end == "in" and (value_id, "out") not in dead_ends:
+    for value_id, end in reached:
+        if end == "near" and (value_id, "far") not in reached:
             cut.add(value_id)
     return cut
 
@@ -1099,8 +1123,8 @@ def _minimum_cut(
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP, and freeze the middle one.
-# If you only need the library, delete everything from here on. The imports stand here
-# to make that possible.
+# If you only need the library, delete everything from here on. That is why the imports
+# of the example are here.
 
 import argparse
 import itertools
@@ -1135,15 +1159,13 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
     {'linear_0': {'b': (300,), 'w': (1, 300)}, 'linear_1': {'b': (10,), 'w': (300, 10)}}
     """
     if len(sizes) < 2:
-        raise ValueError(
-            f"sizes needs two or more widths, input to output; got {sizes}"
-        )
+        raise ValueError(f"sizes needs at least two widths, got {sizes}")
     for size in sizes:
         _require_positive("every size", size)
     params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         key, subkey = jax.random.split(key)
-        # To get Haiku's bits, multiply by the rounded reciprocal instead of dividing.
+        # To match Haiku bit for bit, multiply by the rounded reciprocal, not divide.
         scale = jnp.asarray(1 / np.sqrt(fan_in), dtype)
         w = scale * jax.random.truncated_normal(subkey, -2, 2, (fan_in, fan_out), dtype)
         params[f"linear_{i}"] = {"w": w, "b": jnp.zeros(fan_out, dtype)}
@@ -1151,7 +1173,7 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
 
 
 def _require_positive(label: str, number: Any) -> None:
-    # Not isinstance, because True is an instance of int.
+    # isinstance would accept True.
     if type(number) not in (int, np.int32, np.int64) or number < 1:
         raise ValueError(f"{label} must be a positive integer, got {number!r}")
 
@@ -1173,7 +1195,7 @@ def apply(params: Params, x: Array) -> Array:
     >>> apply(init(jax.random.key(0), [1, 300, 10]), jnp.ones((5, 1))).shape
     (5, 10)
     """
-    # JAX sorts dict keys as strings, linear_10 before linear_2, so count instead.
+    # JAX sorts keys as strings (linear_10 before linear_2), so build names by counting.
     layers = [f"linear_{i}" for i in range(len(params))]
     if not layers or set(layers) != set(params):
         names = [repr(name) for name in params]
@@ -1193,7 +1215,7 @@ def apply(params: Params, x: Array) -> Array:
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
-        # Written out, this also works if jax_numpy_rank_promotion is "raise".
+        # Explicit, so that jax_numpy_rank_promotion="raise" allows it.
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1210,8 +1232,8 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
         nothing to the loss.
 
     Returns:
-      A scalar with the dtype of the logits. Logits of fewer than 32 bits are summed in
-      float32.
+      A scalar with the dtype of the logits. Logits narrower than 32 bits are summed
+      in float32.
 
     Raises:
       TypeError: If the labels are not integers.
@@ -1293,7 +1315,7 @@ def train_step(
     Returns:
       The new trainable part, and the loss before the step.
     """
-    _require_floating(trainable)  # the error of jax.grad does not name the leaf
+    _require_floating(trainable)  # jax.grad's own error does not name the leaf
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
@@ -1339,7 +1361,7 @@ def dataset(
     Args:
       key: A JAX random key.
       num_records: The number of batches.
-      batch_size: The number of examples in a batch. They are distinct.
+      batch_size: The number of distinct examples in each batch.
       num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
     Returns:
@@ -1374,7 +1396,7 @@ def _print_predictions(title: str, params: Params, numbers: range) -> None:
     labels = apply(params, x).argmax(axis=1)
     print(title)
     for number, label in zip(numbers, labels):
-        print(f"[{number}.] -> {label}")
+        print(f"{number} -> {label}")
     print()
 
 
@@ -1426,17 +1448,17 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
             axis.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
         figure.colorbar(image, ax=list(column), location="bottom")
 
-    # Rename a finished file, so that a failure leaves no half of a picture.
+    # Write to a temporary folder and rename, so that a failure leaves no partial image.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        part = Path(folder, file.name)
-        figure.savefig(part, dpi=150)
-        part.replace(file)
+        finished = Path(folder, file.name)
+        figure.savefig(finished, dpi=150)
+        finished.replace(file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and last layer of an MLP to learn the identity."""
     parser = argparse.ArgumentParser(
-        description="Train the first and last layer of an MLP, the middle one frozen.",
+        description="Train an MLP whose middle layer is frozen to learn the identity.",
         usage=argparse.SUPPRESS,
     )
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
