@@ -112,13 +112,13 @@ WARM_START = [
     ),
     Clause(
         "dtypes may differ",
-        "wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))",
-        "wanted, found = _spec(node).shape, _spec(old_nodes[name]).shape",
+        "if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):",
+        "if wanted.shape != found.shape:",
     ),
     Clause(
         "shapes may differ",
-        "wanted, found = str(_spec(node)), str(_spec(old_nodes[name]))",
-        "wanted, found = _spec(node).dtype, _spec(old_nodes[name]).dtype",
+        "if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):",
+        "if wanted.dtype != found.dtype:",
     ),
     Clause(
         "of two leaves with one name, the last one counts",
