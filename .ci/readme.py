@@ -171,6 +171,29 @@ def methods(file: str, problem: str, clip: str = "no", optimizer: str = "sgd") -
     return markdown(header, table)
 
 
+def choices(optimizer: str = "sgd", **files: str) -> str:
+    """What to train, one run of bench.py per choice: last_block=bench-last-block ..."""
+    table = []
+    for choice, file in files.items():
+        cells = [choice.replace("_", " ")]
+        results = read_results(file)
+        wanted = {"table": "methods", "clip": False, "optimizer": optimizer}
+        everything = results.find(method="everything", **wanted)
+        partition = results.find(method="partition", **wanted)
+        hoist = results.find(method="hoist", **wanted)
+        cells += [number(everything, "step_s", 1e-3), number(partition, "step_s", 1e-3)]
+        cells += [speed_up(partition), number(hoist, "step_s", 1e-3)]
+        table.append(cells)
+    header = [
+        "trainable",
+        "everything, ms per step",
+        "`partition`, ms per step",
+        "`partition`, speed-up",
+        "`hoist`, ms per step",
+    ]
+    return markdown(header, table)
+
+
 def memory(file: str, problem: str) -> str:
     """What a step needs of memory, and how close its time is to the machine's limit."""
     results = read_results(file)
@@ -292,6 +315,7 @@ def versions() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "headline": headline,
     "methods": methods,
+    "choices": choices,
     "memory": memory,
     "prefix": prefix,
     "devices": devices,
