@@ -191,8 +191,8 @@ HOIST = [
     ),
     Clause(
         "the flow is greedy: it is never sent back",
-        "capacity[head][tail] += flow",
-        "capacity[head][tail] += 0",
+        "residual[head][tail] += flow",
+        "residual[head][tail] += 0",
     ),
     Clause(
         "a useless hoist is silent if it moves a reduction",
@@ -201,10 +201,8 @@ HOIST = [
     ),
     Clause(
         "weak types may differ",
-        "def _require_same(\n    expected: Mapping[str, PyTree], given: Mapping[str, "
-        "PyTree], weak_types: bool = True\n",
-        "def _require_same(\n    expected: Mapping[str, PyTree], given: Mapping[str, "
-        "PyTree], weak_types: bool = False\n",
+        'weak = "weak " if weak_types and leaf.weak_type else ""',
+        'weak = ""',
     ),
 ]
 
