@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The steps of .ci/mutate that need Python.
 
+    mutants.py check               the clause mutants fit the module
     mutants.py clauses             try every clause mutant
     mutants.py prune SESSION       leave out operator mutants that cannot matter
     mutants.py retry SESSION       forget the mutants that survived, to try them again
@@ -58,10 +59,16 @@ def is_noticed(clause: Clause, source: str) -> bool:
     return done.returncode == 1
 
 
-def try_clauses() -> None:
+def check_clauses() -> str:
+    """Returns the source of the module, if every clause mutant can be applied to it."""
     source = (REPOSITORY / "minifreeze.py").read_text()
     for clause in CLAUSES:
-        mutated(source, clause)  # so that a misfit stops the run at once
+        mutated(source, clause)
+    return source
+
+
+def try_clauses() -> None:
+    source = check_clauses()
     unnoticed = []
     with ThreadPoolExecutor(max_workers=2) as pool:
         answers = pool.map(lambda clause: is_noticed(clause, source), CLAUSES)
@@ -201,6 +208,9 @@ def write_survivors(session: sqlite3.Connection) -> None:
 
 def main() -> None:
     command, *arguments = sys.argv[1:]
+    if command == "check":
+        check_clauses()
+        return
     if command == "clauses":
         try_clauses()
         return
