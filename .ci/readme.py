@@ -299,7 +299,7 @@ def hardware(file: str) -> str:
     return f"{text}."
 
 
-def versions() -> str:
+def matrix() -> str:
     """A sentence, which must be true: no version of jax failed or skipped a test."""
     lines = (RESULTS / "matrix.md").read_text().splitlines()[2:]
     names = []
@@ -322,7 +322,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "walk-through": walk_through,
     "peers": peers,
     "hardware": hardware,
-    "versions": versions,
+    "matrix": matrix,
 }
 
 
