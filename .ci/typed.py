@@ -1,56 +1,77 @@
-"""Proves that the types of minifreeze serve a typed program: mypy strict and pyright read it."""
+# SPDX-License-Identifier: MIT
+"""A typed program that uses minifreeze. mypy --strict and pyright must accept it.
 
-from typing import NamedTuple
+It also runs, so that what it annotates is true.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import minifreeze as mf
-from minifreeze import Hole, Params, PyTree, Where
 
 
-def choice(depth: int) -> Where:
-    return [f"linear_{i}" for i in range(depth)]
+def first_layers(count: int) -> mf.Where:
+    return [f"linear_{i}" for i in range(count)]
 
 
-def takes_vectors(path: tuple[object, ...], leaf: jax.Array) -> bool:
+def is_vector(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     return leaf.ndim == 1
 
 
-def train_head(params: Params, x: jax.Array, y: jax.Array, steps: int) -> tuple[Params, float]:
-    frozen, trainable = mf.partition(choice(2), params)
-    vectors, matrices = mf.partition(takes_vectors, trainable)
-    print(vectors, matrices)
+def train_head(
+    params: mf.Params, x: jax.Array, y: jax.Array, num_steps: int
+) -> tuple[mf.Params, float]:
+    frozen, trainable = mf.partition(first_layers(2), params)
     once, rest = mf.hoist(mf.loss_fn, trainable, frozen, x, y)
     kept: tuple[jax.Array, ...] = once(frozen, x, y)
-    loss = jnp.zeros(())
-    for _ in range(steps):
-        loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
+    for _ in range(num_steps):
+        grads = jax.grad(rest)(trainable, frozen, kept)
         trainable = mf.sgd_step(trainable, grads, lr=0.1)
     trainable, loss = mf.train_step(trainable, frozen, x, y)
     trainable, losses = mf.train(trainable, frozen, x[None], y[None])
-    text: str = mf.summary(trainable=trainable, frozen=frozen)
-    print(text, losses.shape, Hole())
-    whole = mf.merge(trainable, frozen)
-    started: Params = mf.warm_start(whole, params)
-    bools: PyTree = mf.mask("*/b", started)
-    print(bools)
-    return whole, float(loss)
+    table: str = mf.summary(trainable=trainable, frozen=frozen)
+    print(table, losses.shape)
+    return mf.merge(trainable, frozen), float(loss)
+
+
+def select_in_every_way(params: mf.Params) -> list[mf.Params]:
+    """Selects by a pattern, a list of patterns, a predicate and a tree of bools."""
+    biases: mf.PyTree = mf.mask("*/b", params)
+    selected = []
+    for where in ("*/b", ["*", "!*/w"], is_vector, biases):
+        part, others = mf.partition(where, params)
+        selected.append(part)
+        print(others)
+    return selected
+
+
+def start_from(params: mf.Params, checkpoint: mf.PyTree) -> mf.Params:
+    return mf.warm_start(params, checkpoint, fresh="linear_2", unused=())
 
 
 class Model(NamedTuple):
     body: jax.Array
     head: jax.Array
+    scale: float
 
 
-def thaw(model: Model, old: Model) -> tuple[jax.Array, Model]:
-    """A model's own type survives: its fields have types after each of the five."""
-    head, body = mf.partition("head", model)
+def update_head(model: Model, old: Model) -> tuple[jax.Array, Model]:
+    """Keeps the type of a model: its fields are still typed at the end."""
+    arrays, static = mf.partition(["body", "head"], model)
+    head, body = mf.partition("head", arrays)
     moved = mf.sgd_step(head, grads=head, lr=0.1)
-    whole = mf.warm_start(mf.merge(moved, body), old)
+    joined = mf.merge(moved, body, partial=True)
+    whole = mf.warm_start(mf.merge(joined, static), old)
     return whole.head + moved.head, whole
 
 
 xs, ys = mf.dataset(jax.random.key(1), num_records=1)
-train_head(mf.init(jax.random.key(0), [1, 4, 4, 10], jnp.float32), xs[0], ys[0], steps=2)
-thaw(Model(jnp.ones(2), jnp.ones(3)), Model(jnp.zeros(2), jnp.zeros(3)))
+params = mf.init(jax.random.key(0), [1, 4, 4, 10], jnp.float32)
+trained, loss = train_head(params, xs[0], ys[0], num_steps=2)
+print(loss, len(select_in_every_way(trained)), start_from(params, trained), mf.Hole())
+model = Model(jnp.ones(2), jnp.ones(3), 1.0)
+print(update_head(model, Model(jnp.zeros(2), jnp.zeros(3), 2.0)))
