@@ -78,7 +78,7 @@ def _is_hole(node: Any) -> bool:
     if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):
         raise ValueError(
             f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
-            "the module was imported twice or reloaded. Split and merge with one copy"
+            "the module was imported twice or reloaded. Use one copy to split and merge"
         )
     return False
 
@@ -94,7 +94,7 @@ def _names(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[s
 
 
 def _first_ten(items: Iterable[str]) -> str:
-    """Joins items for an error message, and truncates the list after ten."""
+    """Joins up to ten items for an error message."""
     items = list(items)
     if len(items) > 10:
         return f"{', '.join(items[:10])}, ... ({len(items)} in all)"
@@ -187,12 +187,12 @@ def mask(where: Where, tree: PyTree) -> PyTree:
 def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
     """Like ``_select``, but raises ValueError if no leaf is selected."""
     if isinstance(where, (list, tuple)) and not where:
-        raise ValueError("where is an empty list of patterns, which selects no leaf")
+        raise ValueError("`where` is an empty list of patterns, which selects no leaf")
     selection = _select(where, tree)
     # A tree without leaves has nothing to select.
     if selection and not any(selection):
         names = [repr(name) for name in _names(tree)]
-        raise ValueError(f"where selects none of the leaves {_first_ten(names)}")
+        raise ValueError(f"`where` selects none of the leaves {_first_ten(names)}")
     return selection
 
 
@@ -209,8 +209,8 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
     # A callable container, such as an Equinox model, is not a predicate.
-    is_container = not all_leaves([where])
-    if callable(where) and not is_container:
+    is_leaf = all_leaves([where])
+    if is_leaf and callable(where):
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -251,6 +251,8 @@ def _no_match_error(pattern: str, glob: str, tree: PyTree) -> str:
                 f"pattern {pattern!r} matches no leaf: {name!r} is a single leaf "
                 f"({_spec(leaf)}), and a pattern cannot select a part of it"
             )
+    if not names:
+        return f"pattern {pattern!r} matches no leaf: the tree has no leaves"
     nearest = difflib.get_close_matches(glob, names, n=10, cutoff=0)
     return (
         f"pattern {pattern!r} matches none of the {len(names)} leaves; "
@@ -273,7 +275,7 @@ def _select_by_predicate(predicate: Predicate, tree: PyTree) -> list[bool]:
 
 def _select_by_bools(bools: PyTree, tree: PyTree) -> list[bool]:
     expected = (
-        "where must be a pattern, a list of patterns, a predicate or a tree of bools"
+        "`where` must be a pattern, a list of patterns, a predicate or a tree of bools"
     )
     if bools is None:
         raise TypeError(f"{expected}, got None")
@@ -328,14 +330,14 @@ def merge(*parts: T, partial: bool = False) -> T:
       *parts: One or more trees of the same structure, in any order. Each leaf must be
         in exactly one of them, and the others must have a ``Hole`` in its place.
       partial: If True, a position that is a hole in every part stays a hole. Use this
-        to merge only some of the parts of a tree that you split several times.
+        to merge some, but not all, of a tree's parts.
 
     Returns:
       The merged tree. The leaves are shared, not copied.
 
     Raises:
       ValueError: If several parts hold a leaf, if no part holds it and ``partial`` is
-        False, or if the parts differ in structure. The message lists the names.
+        False, or if the parts differ in structure. The message names the leaves.
       TypeError: If there are no parts.
 
     >>> merge({"a": Hole(), "b": 2}, {"a": 1, "b": Hole()})
@@ -355,11 +357,11 @@ def merge(*parts: T, partial: bool = False) -> T:
 
 
 def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Lines up the leaves and holes of the parts of one tree.
+    """Aligns the parts of a tree, position by position.
 
     Returns:
-      A list of rows, and the structure of the tree. Each position in the tree has a
-      row, with the leaf or hole of every part.
+      A list of rows, and the structure of the tree. Each row holds, for one position,
+      the leaf or hole of every part.
 
     Raises:
       ValueError: If the parts differ in structure.
@@ -384,7 +386,7 @@ def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
 def _merge_error(
     parts: Mapping[str, PyTree], rows: list[tuple[Any, ...]], partial: bool
 ) -> str:
-    """Explains which leaves no part holds, and which ones several parts hold."""
+    """Lists the leaves that no part holds, and those that several parts hold."""
     lost, overlaps = [], []
     for name, nodes in zip(_names_with_holes(parts), rows):
         holders = [label for label, node in zip(parts, nodes) if not _is_hole(node)]
@@ -399,7 +401,7 @@ def _merge_error(
             f"holes: none of the {len(parts)} parts holds {_first_ten(lost)}"
         )
     if overlaps:
-        problems.append(f"only one part may hold a leaf: {_first_ten(overlaps)}")
+        problems.append(f"several parts hold the same leaf: {_first_ten(overlaps)}")
     return "; ".join(problems)
 
 
@@ -472,7 +474,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Copies the leaves of ``old`` into ``new``, and raises if any leaf is left over.
+    """Returns ``new`` with the values of ``old``, and raises if a leaf is unmatched.
 
     Use it to load a checkpoint, and to change the frozen set during training:
     ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
@@ -538,7 +540,7 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
 
     without_place = []
     for name, node in old_nodes.items():
-        # A name in new was used above, or is fresh, or is a hole.
+        # Names that occur in new are accounted for: copied, fresh, or a hole.
         if not _is_hole(node) and name not in new_nodes and name not in unused_names:
             without_place.append(name)
 
@@ -563,8 +565,8 @@ def _warm_start_error(
         )
         if not _names_of_none(old).isdisjoint(without_value):
             problems.append(
-                "some of these are None in old: a checkpoint that was restored without "
-                "a target has None in place of holes. Select them with fresh"
+                "some of these are None in old, which is how holes come back from a "
+                "checkpoint restored without a target; select them with fresh"
             )
     if without_place:
         problems.append(
@@ -639,70 +641,70 @@ _REDUCTIONS = frozenset(
 def hoist(
     fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
 ) -> tuple[Function, Function]:
-    """Splits a function into a part to compute once per batch, and the rest.
+    """Splits a function into a part to run once per batch, and a part for every step.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
-    ``fn(trainable, frozen, *batch)``, and has the same gradient with respect to
+    ``fn(trainable, frozen, *batch)`` and has the same gradient with respect to
     ``trainable``. If every epoch uses the same batches, call ``once`` in the first
     epoch and store the results.
 
-    ``hoist`` traces ``fn`` and sorts all intermediate values into three classes:
+    ``hoist`` traces ``fn`` and divides its intermediate values into three classes:
 
     * late: depends on a trainable leaf, or comes from an operation with an effect.
-      ``rest`` computes it in every step.
     * early: depends on the batch, and is not late.
-    * fixed: depends on neither, only on frozen leaves and constants. It is never
-      stored; ``rest`` computes it if needed.
+    * fixed: depends only on frozen leaves and constants.
 
-    Every early value that a late operation reads, or that ``fn`` returns, must be
-    available in ``rest``. It is either stored, or rebuilt from stored values by cheap
-    operations. Of all possible choices, ``hoist`` stores the one with the fewest bytes,
-    which is a minimum cut. If several have equally few bytes, it stores the latest
-    values, so that ``rest`` has the least to do.
+    ``rest`` computes all late values. Each early value that it needs for them, or that
+    ``fn`` returns, is either stored by ``once`` or rebuilt from stored values by cheap
+    operations. ``hoist`` picks the set of values with the fewest bytes: a minimum cut.
+    If there are several, it picks the one that leaves ``rest`` the least to do.
 
-    For example, in ``tanh(x @ body) @ head`` with a trainable ``head``, the product
-    ``x @ body`` is early and costly, so ``rest`` must not compute it. Its ``tanh`` is
-    early and cheap. The product with ``head`` is late, and reads the ``tanh``. The
-    ``tanh`` and ``x @ body`` have the same size, so the later one, the ``tanh``, is
-    stored. If it were then cast to a larger dtype, ``hoist`` would still store the
-    ``tanh``, and ``rest`` would repeat the cast in every step.
+    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. The product
+    ``x @ body`` is early, and costly. Its ``tanh`` is early, and cheap. The product
+    with ``head`` is late, and reads the ``tanh``. ``x @ body`` and the ``tanh`` have
+    equally many bytes, so ``hoist`` stores the ``tanh``. If the ``tanh`` were then cast
+    to a wider dtype, ``hoist`` would still store the ``tanh``, and ``rest`` would
+    repeat the cast in every step.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
-    transposes, ...) and random bits. All others are costly, and ``rest`` never repeats
-    them for early values: products, convolutions, reductions, sorts, ... An operation
-    that reads a fixed value is costly, too, if a costly operation made that value.
-    To rebuild ``(embeddings @ projection)[ids]``, for example, ``rest`` would repeat
-    the product.
+    transposes, ...) and random bits. All others are costly: products, convolutions,
+    reductions, sorts, ... Five consequences are worth knowing:
 
-    An operation that contains functions is never split: ``scan``, ``while_loop``,
-    ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a ``jit`` with
-    shardings. It is costly, and it is late as a whole if any of its inputs is late. A
-    ``scan`` over the layers of a model is late if one of the layers is trainable. The
-    exceptions are a ``jit`` without shardings, which counts as the operations in it,
-    and a ``custom_jvp``, which is cheap if all operations in it are.
-
-    Costly results of the batch alone are stored even if they are larger than the batch,
-    such as ``x @ x.T``. Cheap operations are repeated in every step, however long the
-    chain.
+    * An operation that contains functions is costly, and is never split: ``scan``,
+      ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
+      ``jit`` with shardings. A ``scan`` over the layers of a model is late if one of
+      the layers is trainable. There are two exceptions. A ``jit`` without shardings
+      counts as the operations in it. A ``custom_jvp`` is cheap if all operations in it
+      are cheap.
+    * ``rest`` never repeats a costly operation on early values. The result is stored
+      even if it is larger than the batch, as in ``x @ x.T``.
+    * Otherwise, only bytes count. To store one byte less, ``rest`` repeats any number
+      of cheap operations.
+    * Fixed values are never stored, because they would be stored with every batch.
+      ``rest`` computes them again, even if they are costly. To avoid that, compute them
+      once and pass them as a part of ``frozen``.
+    * An operation on an early value counts as costly if it also reads a costly fixed
+      value. To rebuild ``(embeddings @ projection)[ids]``, ``rest`` would have to
+      repeat the product.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
-      trainable: The part to differentiate. Also pass everything that changes from step
-        to step here, such as random keys and counters:
-        ``fn((params, key), frozen, x)``. A key in the batch is fixed with the batch.
+      trainable: The part to differentiate. Anything else that changes between steps,
+        such as random keys and counters, also goes here: ``fn((params, key), frozen,
+        x)``. A key in the batch would give the same random numbers in every epoch.
       frozen: The part that does not change.
-      *batch: The data. Data that ``fn`` closes over count as fixed.
+      *batch: The data. Data that ``fn`` closes over count as constants.
 
     Returns:
       A tuple ``(once, rest)`` of functions:
 
       * ``once(frozen, *batch)`` returns a tuple of arrays to store. Call it under
-        ``jax.jit``. The shapes of its results tell what you store per batch.
+        ``jax.jit``. ``jax.eval_shape(once, frozen, *batch)`` shows what it will store.
       * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns, where ``kept`` is
         the result of ``once``.
 
-      Both raise ValueError if their arguments differ from those of ``hoist`` in
-      structure, shape, dtype or weak type.
+      Both raise ValueError if an argument does not match what ``hoist`` traced in
+      structure, shape, dtype or weak type. The weak types of ``kept`` do not matter.
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
@@ -733,7 +735,7 @@ def hoist(
     batch_ids = program.inputs[batch_start:]
 
     kept_ids = _values_to_keep(program, trainable_ids, batch_ids)
-    expected["kept"] = tuple(program.avals[value_id] for value_id in kept_ids)
+    expected_kept = tuple(program.avals[value_id] for value_id in kept_ids)
     once_program = _subprogram(program, frozen_ids + batch_ids, kept_ids)
     rest_program = _subprogram(
         program,
@@ -744,13 +746,16 @@ def hoist(
     _warn_if_useless(once_program)
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[Array, ...]:
-        _require_same(expected, {"frozen": frozen, "batch": batch})
+        wanted = {"frozen": expected["frozen"], "batch": expected["batch"]}
+        _require_same(wanted, {"frozen": frozen, "batch": batch})
         return tuple(_run(once_program, jax.tree.leaves((frozen, batch))))
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
-        _require_same(expected, {"trainable": trainable, "frozen": frozen})
-        # Storing an array loses its weak type, but here it no longer matters.
-        _require_same(expected, {"kept": kept}, weak_types=False)
+        wanted = {"trainable": expected["trainable"], "frozen": expected["frozen"]}
+        _require_same(wanted, {"trainable": trainable, "frozen": frozen})
+        # Storing an array loses its weak type. This has no effect here, because all
+        # dtypes in the trace are final.
+        _require_same({"kept": expected_kept}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(out_treedef, outputs)
 
@@ -758,7 +763,7 @@ def hoist(
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    """Replaces every array by its shape and dtype.
+    """Replaces every array with its shape and dtype.
 
     Raises:
       TypeError: If a leaf is not an array.
@@ -776,7 +781,7 @@ def _abstract(tree: PyTree) -> PyTree:
 
 
 def _is_array(leaf: Any) -> bool:
-    """Returns whether JAX accepts a leaf as the argument and result of a function."""
+    """Returns whether JAX can trace a leaf."""
     try:
         jax.eval_shape(lambda leaf: leaf, leaf)
     except (TypeError, ValueError):
@@ -784,30 +789,28 @@ def _is_array(leaf: Any) -> bool:
     return True
 
 
-def _require_same(
-    expected: Mapping[str, PyTree], given: Mapping[str, PyTree], weak_types: bool = True
-) -> None:
-    """Raises ValueError unless given arguments match the expected abstract ones."""
+def _require_same(expected: PyTree, given: PyTree, weak_types: bool = True) -> None:
+    """Raises ValueError unless arguments match the expected abstract arguments."""
 
     def describe(leaf: Any) -> str:
         weak = "weak " if weak_types and leaf.weak_type else ""
         return f"{weak}{leaf.dtype} {leaf.shape}"
 
-    expected_arguments = {label: expected[label] for label in given}
-    arguments = _abstract(given)
-    if not _same_structure(expected_arguments, arguments):
-        trees = {"the arguments of hoist": expected_arguments, "this call": arguments}
+    found_tree = _abstract(given)
+    if not _same_structure(expected, found_tree):
+        trees = {"what hoist traced": expected, "this call": found_tree}
         raise ValueError(_structure_error(trees))
     problems = []
-    entries = tree_flatten_with_path(expected_arguments)[0]
-    for (path, wanted), found in zip(entries, jax.tree.leaves(arguments)):
+    entries = tree_flatten_with_path(expected)[0]
+    for (path, wanted), found in zip(entries, jax.tree.leaves(found_tree)):
         if describe(wanted) != describe(found):
             problems.append(
                 f"{_name(path)!r}: expected {describe(wanted)}, got {describe(found)}"
             )
     if problems:
         raise ValueError(
-            f"call hoist again for other shapes or dtypes: {_first_ten(problems)}"
+            f"the arguments do not match what hoist traced: {_first_ten(problems)}; "
+            "call hoist again for other shapes or dtypes"
         )
 
 
@@ -818,7 +821,7 @@ class _Operation:
     run: Function  # takes the inputs, and returns a list of the outputs
     inputs: list[int]  # the ids of values
     outputs: list[int]
-    costly_primitives: set[str]  # inside this operation; empty if it is cheap
+    costly_primitives: set[str]  # names for _warn_if_useless; empty if it is cheap
     has_effect: bool
 
 
@@ -837,12 +840,12 @@ class _Program:
 
 
 def _to_program(closed_jaxpr: Any) -> _Program:
-    """Converts a traced function to a program, and dissolves all plain jits."""
+    """Converts a traced function to a program, and inlines plain jits."""
     from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. A trainable leaf that a scan carries along unused, for example,
-    # would make the whole scan late. ``instantiate`` keeps all inputs of the function.
+    # would make the whole scan late. All inputs and constants of the function remain.
     all_outputs = [True] * len(closed_jaxpr.out_avals)
     live_jaxpr, _ = dce_jaxpr(closed_jaxpr.jaxpr, all_outputs, instantiate=True)
 
@@ -860,7 +863,11 @@ def _to_program(closed_jaxpr: Any) -> _Program:
         return value_id
 
     def add(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
-        """Adds the operations of a jaxpr, and returns the ids of its outputs."""
+        """Adds the operations of a jaxpr and returns the ids of its outputs.
+
+        Literals remain inside the operations. Only if a jit is inlined, a literal
+        argument becomes a constant, because the body refers to it by a variable.
+        """
         ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
         for variable, constant in zip(jaxpr.constvars, consts):
             ids[variable] = new_constant(variable.aval, _as_jax_array(constant))
@@ -872,16 +879,14 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
-                # The variables in the body need ids, even if they stand for literals.
                 body = eqn.params["jaxpr"]
                 arguments = [id_of(atom) for atom in eqn.invars]
                 outputs = add(body.jaxpr, body.consts, arguments)
             else:
-                # Literals remain inside the equation. Only variables are inputs.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_as_function(eqn, variables, closed_jaxpr),
+                    run=_as_function(eqn, variables, template=closed_jaxpr),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     costly_primitives=_costly_primitives(eqn),
@@ -897,26 +902,27 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy array, because custom derivative rules may use JAX's ``.at``."""
+    """Converts a NumPy array, for the sake of custom derivatives that use ``.at``."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
-    with jax.ensure_compile_time_eval():  # concrete, even if hoist is called in a trace
+    with jax.ensure_compile_time_eval():  # concrete, even inside a trace
         return jnp.asarray(constant)
 
 
-def _as_function(eqn: Any, inputs: list[Any], closed_jaxpr: Any) -> Function:
+def _as_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
     """Returns an equation of a jaxpr as a function of its input variables.
 
-    The function runs a jaxpr with this equation alone. This does not depend on the
-    version of JAX, while the signatures of ``Primitive.bind`` and of the constructors
-    do. What the new jaxpr inherits from the old one is not used when it runs.
+    The function runs a jaxpr that has only this equation and is made from ``template``.
+    This works in all versions of JAX, whereas the signatures of ``Primitive.bind`` and
+    of the constructors change. The other fields of the template are not used when the
+    jaxpr runs.
     """
     from jax.extend.core import jaxpr_as_fun
 
-    jaxpr = closed_jaxpr.jaxpr.replace(
+    jaxpr = template.jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
     )
-    return cast(Function, jaxpr_as_fun(closed_jaxpr.replace(jaxpr=jaxpr, consts=[])))
+    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _is_plain_jit(eqn: Any) -> bool:
@@ -932,7 +938,7 @@ def _costly_primitives(eqn: Any) -> set[str]:
     name = eqn.primitive.name
     if name in _CHEAP:
         return set()
-    if _is_plain_jit(eqn):  # inside a custom_jvp; the others have been dissolved
+    if _is_plain_jit(eqn):  # inside a custom_jvp; all others were inlined
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
@@ -1006,7 +1012,7 @@ def _values_to_keep(
     cannot_rebuild = set(batch)
     # All other early values, with the early values that they are rebuilt from.
     rebuilt_from: dict[int, list[int]] = {}
-    # Fixed values that were made by a costly operation, or from such a value.
+    # Fixed values that were made by a costly operation or from such a value.
     costly_fixed: set[int] = set()
     for operation in program.operations:
         early_inputs = [value_id for value_id in operation.inputs if value_id in early]
@@ -1031,7 +1037,7 @@ def _values_to_keep(
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
-_End: TypeAlias = tuple[int, str]  # an end of a pipe in _minimum_cut
+_Node: TypeAlias = tuple[int, str]  # of the flow network in _minimum_cut
 
 
 def _minimum_cut(
@@ -1042,23 +1048,20 @@ def _minimum_cut(
 ) -> set[int]:
     """Returns the values to store so that all needed values can be rebuilt.
 
-    Think of each value as a pipe with a near end and a far end. Its capacity is the
-    size of the value. Flow enters at the near ends of the needed values. From the far
-    end of a pipe it goes on to the near ends of the values that this value is rebuilt
-    from, against the direction of the computation. Where a value cannot be rebuilt, the
-    far end is connected to a sink.
+    Think of each value as a pipe whose capacity is the size of the value. Flow enters
+    the pipes of the needed values. From each pipe it goes on into the pipes of the
+    values that this value is rebuilt from, against the direction of the computation.
+    The pipe of a value that cannot be rebuilt ends in the sink.
 
-    To store a value is to block its pipe. If the blocked pipes stop all flow, every way
-    from a needed value to the sink leads through a stored value. Then all values
-    before it can be rebuilt. The blocked pipes with the least total capacity are a
-    minimum cut. If there are several, this function returns the one that is nearest to
-    the needed values.
+    To store a value is to block its pipe. If the blocked pipes stop all flow, every
+    path from a needed value to the sink crosses a stored value, so every needed value
+    can be rebuilt. The blocked pipes with the least total capacity are a minimum cut.
+    If there are several, this function returns the one nearest to the needed values.
 
     The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956):
-    send as much flow as possible, and block each pipe whose near end can still be
-    reached while its far end cannot. PyTorch's
-    ``min_cut_rematerialization_partition`` uses the same idea to choose what to store
-    between the forward and the backward pass.
+    send as much flow as possible, and block each pipe that flow can still enter but not
+    leave. PyTorch's ``min_cut_rematerialization_partition`` uses the same idea to
+    choose what to store between the forward and the backward pass.
 
     Args:
       needed: The ids of the values that must be stored or rebuilt.
@@ -1066,65 +1069,78 @@ def _minimum_cut(
       rebuilt_from: For all other values, the ids of the values to rebuild them from.
       sizes: The size of every value in bytes, by id.
     """
-    sink: _End = (-1, "sink")
-    free_capacity: dict[_End, dict[_End, float]] = defaultdict(dict)
+    # The nodes are the two ends of each pipe: flow goes from (id, "in") to (id, "out").
+    sink: _Node = (-1, "sink")
+    residual: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
-    def connect(tail: _End, head: _End, capacity: float) -> None:
-        free_capacity[tail][head] = capacity
-        free_capacity[head].setdefault(tail, 0)  # how much flow can be sent back
+    def connect(tail: _Node, head: _Node, capacity: float) -> None:
+        residual[tail][head] = capacity
+        residual[head].setdefault(tail, 0)  # how much flow can be sent back
 
     for value_id in cannot_rebuild:
-        connect((value_id, "near"), (value_id, "far"), sizes[value_id])
-        connect((value_id, "far"), sink, math.inf)
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
+        connect((value_id, "out"), sink, math.inf)
     for value_id, input_ids in rebuilt_from.items():
-        connect((value_id, "near"), (value_id, "far"), sizes[value_id])
+        connect((value_id, "in"), (value_id, "out"), sizes[value_id])
         for input_id in input_ids:
-            connect((value_id, "far"), (input_id, "near"), math.inf)
+            connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # All ends that a search reached without finding a way to the sink. No later search
-    # needs to enter them: flow that is sent outside does not open a way inside.
-    reached: set[_End] = set()
-
-    def find_way(start: _End) -> list[tuple[_End, _End]]:
-        """Returns the steps of a way with free capacity to the sink, or nothing."""
-        came_from = {start: start}
-        stack = [start]
-        while stack and sink not in came_from:
-            end = stack.pop()
-            for neighbor, free in free_capacity[end].items():
-                if free > 0 and neighbor not in came_from and neighbor not in reached:
-                    came_from[neighbor] = end
-                    stack.append(neighbor)
-        if sink not in came_from:
-            reached.update(came_from)
-            return []
-        steps = []
-        head = sink
-        while head != start:
-            steps.append((came_from[head], head))
-            head = came_from[head]
-        return steps
-
+    # The nodes that flow can still reach, although no more flow can get from them to
+    # the sink. All edges that leave this set are full. Later paths avoid the set, so
+    # these edges stay full.
+    reachable: set[_Node] = set()
     for value_id in needed:
-        while way := find_way((value_id, "near")):
-            flow = min(free_capacity[tail][head] for tail, head in way)
-            for tail, head in way:
-                free_capacity[tail][head] -= flow
-                free_capacity[head][tail] += flow
+        start = (value_id, "in")
+        while True:
+            came_from = _search(start, sink, residual, avoid=reachable)
+            if sink not in came_from:
+                reachable.update(came_from)
+                break
+            path = []
+            node = sink
+            while node != start:
+                path.append((came_from[node], node))
+                node = came_from[node]
+            flow = min(residual[tail][head] for tail, head in path)
+            for tail, head in path:
+                residual[tail][head] -= flow
+                residual[head][tail] += flow
 
-    # Now no flow can be added, and ``reached`` holds all ends on this side of the cut.
     cut = set()
-    for value_id, end in reached:
-        if end == "near" and (value_id, "far") not in reached:
+    for value_id, end in reachable:
+        if end == "in" and (value_id, "out") not in reachable:
             cut.add(value_id)
     return cut
+
+
+def _search(
+    start: _Node,
+    goal: _Node,
+    residual: Mapping[_Node, Mapping[_Node, float]],
+    avoid: set[_Node],
+) -> dict[_Node, _Node]:
+    """Searches for a path with residual capacity, depth first.
+
+    Returns:
+      Each node that was reached, with the node before it. If there is a path to the
+      goal, the search ends there, and the goal is one of these nodes.
+    """
+    came_from = {start: start}
+    stack = [start]
+    while stack and goal not in came_from:
+        node = stack.pop()
+        for neighbor, capacity in residual[node].items():
+            if capacity > 0 and neighbor not in came_from and neighbor not in avoid:
+                came_from[neighbor] = node
+                stack.append(neighbor)
+    return came_from
 
 
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP, and freeze the middle one.
-# If you only need the library, delete everything from here on. That is why the imports
-# of the example are here.
+# If you only need the library, delete everything from here on. The example's imports
+# are here for that reason.
 
 import argparse
 import itertools
@@ -1165,7 +1181,7 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
     params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         key, subkey = jax.random.split(key)
-        # To match Haiku bit for bit, multiply by the rounded reciprocal, not divide.
+        # To match Haiku bit for bit, multiply by the rounded reciprocal.
         scale = jnp.asarray(1 / np.sqrt(fan_in), dtype)
         w = scale * jax.random.truncated_normal(subkey, -2, 2, (fan_in, fan_out), dtype)
         params[f"linear_{i}"] = {"w": w, "b": jnp.zeros(fan_out, dtype)}
@@ -1215,7 +1231,7 @@ def apply(params: Params, x: Array) -> Array:
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
-        # Explicit, so that jax_numpy_rank_promotion="raise" allows it.
+        # Broadcast explicitly, for jax_numpy_rank_promotion="raise".
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1252,7 +1268,7 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
             f"labels of shape {y.shape} do not match logits of shape {logits.shape}"
         )
     if y.dtype.itemsize < 4:
-        y = y.astype(jnp.int32)  # one_hot would wrap around at 256 classes
+        y = y.astype(jnp.int32)  # or one_hot would overflow, with 8 bits at 256 classes
     is_label = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
     # Select instead of multiplying by 0, because 0 * -inf is nan.
     log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
@@ -1414,7 +1430,7 @@ def _print_changes(before: Params, after: Params) -> None:
 
 
 def _plot_error(file: Path) -> str | None:
-    """Returns an error message if a plot cannot be written to a file, or None."""
+    """Returns why a plot cannot be written to ``file``, or None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1458,8 +1474,8 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the first and last layer of an MLP to learn the identity."""
     parser = argparse.ArgumentParser(
-        description="Train an MLP whose middle layer is frozen to learn the identity.",
-        usage=argparse.SUPPRESS,
+        description="Train an MLP to learn the identity, with its middle layer frozen.",
+        usage=argparse.SUPPRESS,  # so that an error is a single line
     )
     parser.add_argument("--steps", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
