@@ -3701,6 +3701,18 @@ def test_plot_without_matplotlib_says_how_to_get_it(
 
 
 @pytest.mark.usefixtures("fake_matplotlib")
+def test_plot_refuses_a_folder_that_is_not_writable_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(minifreeze.tempfile, "TemporaryFile", refuse)
+    file = str(tmp_path / "x.png")
+    assert_main_refuses(capsys, ["--plot", file], file, "not writable")
+
+
+@pytest.mark.usefixtures("fake_matplotlib")
 @pytest.mark.parametrize(
     ("file", "facts"),
     [
