@@ -32,7 +32,7 @@ import difflib
 import fnmatch
 import math
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, TypeVar, cast
@@ -563,10 +563,10 @@ def _warm_start_error(
             f"old has no value for {_first_ten(map(repr, without_value))} "
             "(to keep a value from new, select it with fresh)"
         )
-        if not _names_of_none(old).isdisjoint(without_value):
+        if _holds_none(old):
             problems.append(
-                "some of these are None in old, which is how holes come back from a "
-                "checkpoint restored without a target; select them with fresh"
+                "old holds None, which is how holes come back from a checkpoint that "
+                "was restored without a target; select such leaves with fresh"
             )
     if without_place:
         problems.append(
@@ -595,10 +595,13 @@ def _selected_names(where: Where, tree: PyTree) -> set[str]:
     return {name for name, chosen in zip(_names(tree), selection) if chosen}
 
 
-def _names_of_none(tree: PyTree) -> set[str]:
-    """Returns the name of every None in a tree."""
-    entries = tree_flatten_with_path(tree, is_leaf=lambda node: node is None)[0]
-    return {_name(path) for path, node in entries if node is None}
+def _holds_none(tree: PyTree) -> bool:
+    """Returns whether a tree holds None in the place of a leaf or container."""
+    return any(node is None for node in jax.tree.leaves(tree, is_leaf=_is_none))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 # -------------------------------------------------------------------------------- hoist
@@ -1058,10 +1061,11 @@ def _minimum_cut(
     can be rebuilt. The blocked pipes with the least total capacity are a minimum cut.
     If there are several, this function returns the one nearest to the needed values.
 
-    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956):
-    send as much flow as possible, and block each pipe that flow can still enter but not
-    leave. PyTorch's ``min_cut_rematerialization_partition`` uses the same idea to
-    choose what to store between the forward and the backward pass.
+    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956),
+    with the shortest paths of Edmonds and Karp (1972): send as much flow as possible,
+    and block each pipe that flow can still enter but not leave. PyTorch's
+    ``min_cut_rematerialization_partition`` uses the same idea to choose what to store
+    between the forward and the backward pass.
 
     Args:
       needed: The ids of the values that must be stored or rebuilt.
@@ -1119,20 +1123,20 @@ def _search(
     residual: Mapping[_Node, Mapping[_Node, float]],
     avoid: set[_Node],
 ) -> dict[_Node, _Node]:
-    """Searches for a path with residual capacity, depth first.
+    """Searches for a path with residual capacity, breadth first.
 
     Returns:
       Each node that was reached, with the node before it. If there is a path to the
       goal, the search ends there, and the goal is one of these nodes.
     """
     came_from = {start: start}
-    stack = [start]
-    while stack and goal not in came_from:
-        node = stack.pop()
+    queue = deque([start])
+    while queue and goal not in came_from:
+        node = queue.popleft()
         for neighbor, capacity in residual[node].items():
             if capacity > 0 and neighbor not in came_from and neighbor not in avoid:
                 came_from[neighbor] = node
-                stack.append(neighbor)
+                queue.append(neighbor)
     return came_from
 
 
@@ -1442,6 +1446,10 @@ def _plot_error(file: Path) -> str | None:
         return "the folder does not exist"
     if file.is_dir():
         return "the path is a folder"
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError:
+        return "the folder is not writable"
     return None
 
 
