@@ -1642,7 +1642,7 @@ def test_hoist_keeps_the_boundary_between_stacked_layers() -> None:
 
 # ........................................................... which operations are cheap
 #
-# z = x @ f and operation(z) are both needed. If the operation is cheap, z alone is kept.
+# z = x @ f and operation(z) are both needed. If the operation is cheap, only z is kept.
 
 
 def kept_of_z_and(operation: Callable[[Any], Any], dtype: str = "float32") -> list[str]:
@@ -2627,7 +2627,7 @@ def random_programs(draw: DrawFn) -> Program:
             size = draw(st.integers(1, 4))
         sizes.append(size)
         steps.append(Step(operation, tuple(inputs), size))
-    # Most programs return the results of the last steps, so that no step is for nothing.
+    # Prefer the results of the last steps as outputs, so that most steps are needed.
     numbers = st.integers(0, len(sizes) - 1).map(lambda age: len(sizes) - 1 - age)
     outputs = draw(st.lists(numbers, min_size=2, max_size=4, unique=True))
     return Program(input_sizes, tuple(steps), tuple(outputs))
@@ -2695,7 +2695,7 @@ def rebuilt(program: Program, classes: Classes, kept: set[int]) -> set[int] | No
 
 
 def best_to_keep(program: Program) -> set[int]:
-    """The set of early values with the fewest elements, then with the least to rebuild."""
+    """The early values to keep: fewest elements, then the least work to rebuild."""
     classes = classify(program)
     sizes = [*program.sizes, *[step.size for step in program.steps]]
     candidates = []
@@ -2880,7 +2880,7 @@ class MatrixStep:
 
 @dataclass(frozen=True)
 class MatrixProgram:
-    """Five inputs (trainable, frozen, batch, batch, a constant), then one value per step."""
+    """Values 0 to 4 are t, f, x, y and a constant. Each step adds one value."""
 
     steps: tuple[MatrixStep, ...]
 
