@@ -81,6 +81,8 @@ def three_digits(value: float) -> str:
         return f"{value:.1f}"
     if value >= 1:
         return f"{value:.2f}"
+    if 0 < value < 0.001:
+        return "< 0.001"
     return f"{value:.3f}"
 
 

@@ -145,7 +145,14 @@ def test_tables_are_those_of_the_committed_results(document: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234.4, "1,234"), (24.31, "24.3"), (9.1, "9.10"), (0.27, "0.270"), (0, "0.000")],
+    [
+        (1234.4, "1,234"),
+        (24.31, "24.3"),
+        (9.1, "9.10"),
+        (0.27, "0.270"),
+        (0.0004, "< 0.001"),
+        (0, "0.000"),
+    ],
 )
 def test_three_digits(value: float, text: str) -> None:
     assert readme.three_digits(value) == text
