@@ -48,10 +48,20 @@ Tree = Any
 Function = Callable[..., Any]
 untyped: Any = jax  # for what jax leaves without types
 
-SGD_RATE, ADAM_RATE, CLIP = 0.1, 1e-3, 0.1  # CLIP: a norm that the problems' gradients exceed
+SGD_RATE, ADAM_RATE, CLIP = (
+    0.1,
+    1e-3,
+    0.1,
+)  # CLIP: a norm that the problems' gradients exceed
 SAMPLE_S, SAMPLE_STEPS, RUN_STEPS = 0.05, 3, 10_000  # a sample's least, and its most
-VECTOR, SIDE = 2**24, {"cpu": 1024}  # more floats than a cache holds; a product's side, else 8192
-PROBES: list[Function] = [lambda a, b: (a, a @ b), lambda a, b: (a + b, None)]  # compiled once
+VECTOR, SIDE = (
+    2**24,
+    {"cpu": 1024},
+)  # more floats than a cache holds; a product's side, else 8192
+PROBES: list[Function] = [
+    lambda a, b: (a, a @ b),
+    lambda a, b: (a + b, None),
+]  # compiled once
 
 
 # --------------------------------------------------------------------------- the problems
@@ -68,7 +78,9 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         trainable, frozen = mf.partition(self.where, self.params)
-        network = list(self.sizes) or f"\n{mf.summary(trainable=trainable, frozen=frozen)}"
+        network = (
+            list(self.sizes) or f"\n{mf.summary(trainable=trainable, frozen=frozen)}"
+        )
         return f"{self.name}: batch {self.rows}, trains {self.where} of {network}"
 
 
@@ -79,7 +91,9 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
 }
 
 
-def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any) -> Problem:
+def mlp(
+    name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: Any
+) -> Problem:
     """The module's MLP, on noise, or as the options have it; where nothing runs, shapes alone."""
     rows = options.batch or rows
 
@@ -90,12 +104,21 @@ def mlp(name: str, sizes: tuple[int, ...], rows: int, where: mf.Where, options: 
         return mf.init(keys[0], sizes, options.dtype), (x, y)
 
     params, batch = jax.eval_shape(draw) if options.compile_only else jax.jit(draw)()
-    loss = partial(mf.loss_fn, mf.partition("*", params)[1])  # whose other part is empty
+    loss = partial(
+        mf.loss_fn, mf.partition("*", params)[1]
+    )  # whose other part is empty
     return Problem(name, options.where or where, loss, params, batch, rows, sizes)
 
 
 # ------------------------------------------------------------ five ways to hold layers still
-WAYS = ["all", "partition", "hoist", "stop_gradient", "mask", "stop_gradient, not donated"]
+WAYS = [
+    "all",
+    "partition",
+    "hoist",
+    "stop_gradient",
+    "mask",
+    "stop_gradient, not donated",
+]
 
 
 def way_of(method: str, problem: Problem) -> Any:
@@ -111,7 +134,9 @@ def way_of(method: str, problem: Problem) -> Any:
         trainable, frozen = mf.partition(where, params)
         return of_parts(trainable, jax.lax.stop_gradient(frozen), *batch)
 
-    if method == "partition":  # no frozen gradient is made, and the state is what trains
+    if (
+        method == "partition"
+    ):  # no frozen gradient is made, and the state is what trains
         return trainable, (frozen, *batch), of_parts, None
     if method == "hoist":  # and what no trainable leaf touches is computed once a batch
         once, rest = mf.hoist(of_parts, trainable, frozen, *batch)
@@ -121,7 +146,9 @@ def way_of(method: str, problem: Problem) -> Any:
     return params, batch, stopped if method.startswith("stop") else loss, None
 
 
-def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tree) -> Tree:
+def take_step(
+    row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tree
+) -> Tree:
     """On ``(params, moments)``: the gradients, clipped or not, and an update by SGD or Adam."""
     params, moments = state
     value, grads = jax.value_and_grad(loss)(params, *args)
@@ -129,7 +156,9 @@ def take_step(row: Row, loss: Function, where: mf.Where, state: Tree, *args: Tre
         grads = jax.tree.map(lambda g, trains: g * trains, grads, mf.mask(where, grads))
     if row.clip:  # over all gradients that there are, and so it reads them all
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: (g * jnp.minimum(1, CLIP / norm)).astype(g.dtype), grads)
+        grads = jax.tree.map(
+            lambda g: (g * jnp.minimum(1, CLIP / norm)).astype(g.dtype), grads
+        )
     if row.optimizer == "sgd":
         return (mf.sgd_step(params, grads, SGD_RATE), ()), value
     mean, square, count = moments  # Kingma and Ba, 2015, with its usual constants
@@ -159,16 +188,31 @@ class Row(SimpleNamespace):
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        usual = dict.fromkeys([*KEYS, "on", "run", "once"]) | {"clip": False, "simulated": False}
-        usual |= {"platform": jax.default_backend(), "devices": 1, "optimizer": "sgd", "group": ""}
-        usual |= {"make": lambda row: None, "fresh": lambda: None, "read": lambda state: state}
+        usual = dict.fromkeys([*KEYS, "on", "run", "once"]) | {
+            "clip": False,
+            "simulated": False,
+        }
+        usual |= {
+            "platform": jax.default_backend(),
+            "devices": 1,
+            "optimizer": "sgd",
+            "group": "",
+        }
+        usual |= {
+            "make": lambda row: None,
+            "fresh": lambda: None,
+            "read": lambda state: state,
+        }
         usual |= {"batch": 1, "moment_bytes": 0, "steps": SAMPLE_STEPS, "samples": []}
         super().__init__(**usual | dict(zip(KEYS, values)) | named)
 
 
 def tree_bytes(tree: Tree) -> int:
     """The bytes of its arrays on one device."""
-    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    shapes = [
+        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+    ]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
@@ -197,12 +241,22 @@ ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 def collective_bytes(hlo: str, n: int) -> tuple[int, int]:
     """The bytes of the collectives' results on one of n devices, and those that a ring sends."""
-    ring = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": n - 1}
+    ring = {
+        "all-reduce": 2 * (n - 1) / n,
+        "all-gather": (n - 1) / n,
+        "reduce-scatter": n - 1,
+    }
     ring |= {"all-to-all": (n - 1) / n, "collective-permute": 1}
     total, sent = 0, 0.0  # by the program's text; one in a loop counts once
     for result, kind in COLLECTIVE.findall(hlo):
-        for bits, axes in ARRAY.findall(result) if kind in ring else ():  # a pred has a byte
-            size = math.prod(int(axis) for axis in axes.split(",") if axis) * int(bits or 8) // 8
+        for bits, axes in (
+            ARRAY.findall(result) if kind in ring else ()
+        ):  # a pred has a byte
+            size = (
+                math.prod(int(axis) for axis in axes.split(",") if axis)
+                * int(bits or 8)
+                // 8
+            )
             total, sent = total + size, sent + ring[kind] * size
     return total, round(sent)
 
@@ -220,9 +274,14 @@ def note_program(row: Row, step: Any, *args: Tree) -> None:
     flops = (compiled.cost_analysis() or {}).get("flops", -1)
     # On some GPUs XLA does not count what a library computes.
     row.flops = int(flops) if flops >= (row.flops_min or 0) else None
-    row.collective_bytes, row.sent_bytes = collective_bytes(compiled.as_text(), row.devices)
+    row.collective_bytes, row.sent_bytes = collective_bytes(
+        compiled.as_text(), row.devices
+    )
     if (memory := compiled.memory_analysis()) is not None:
-        arguments, row.alias_bytes = memory.argument_size_in_bytes, memory.alias_size_in_bytes
+        arguments, row.alias_bytes = (
+            memory.argument_size_in_bytes,
+            memory.alias_size_in_bytes,
+        )
         results, row.temp_bytes = memory.output_size_in_bytes, memory.temp_size_in_bytes
         row.memory_bytes = arguments + results - row.alias_bytes + row.temp_bytes
         if row.trainable_bytes is not None:
@@ -242,9 +301,15 @@ def note_times(rows: Sequence[Row], peak: float = 0, bandwidth: float = 0) -> No
         row.rows_per_s = row.batch / row.step_s
         row.once_s = float(np.median(row.once.samples)) if row.once else None
         flops = row.flops_min or row.flops
-        if flops is not None and row.platform == jax.default_backend():  # whose peak it is
-            row.peak_share = None if row.flops is None else row.flops / row.step_s / peak
-            row.roofline_share = max(flops / peak, (row.bytes_min or 0) / bandwidth) / row.step_s
+        if (
+            flops is not None and row.platform == jax.default_backend()
+        ):  # whose peak it is
+            row.peak_share = (
+                None if row.flops is None else row.flops / row.step_s / peak
+            )
+            row.roofline_share = (
+                max(flops / peak, (row.bytes_min or 0) / bandwidth) / row.step_s
+            )
     for row, base in product(rows, repeat=2):
         if (row.clip, row.optimizer) == (base.clip, base.optimizer):
             ratio = float(np.median(np.divide(row.samples, base.samples)))
@@ -264,7 +329,9 @@ def prepare(problem: Problem, row: Row) -> None:
     A batch has each row once for each of them. They share it, and ``sharded`` parameters, by the
     first axis that they divide. Of what is simulated the arrays are shapes alone.
     """
-    mesh = jax.sharding.Mesh(row.on or jax.local_devices(backend=row.platform)[:1], "data")
+    mesh = jax.sharding.Mesh(
+        row.on or jax.local_devices(backend=row.platform)[:1], "data"
+    )
 
     def put(leaf: Any, share: bool, copies: int = 1) -> Any:
         shape = (leaf.shape[0] * copies, *leaf.shape[1:]) if copies > 1 else leaf.shape
@@ -273,7 +340,9 @@ def prepare(problem: Problem, row: Row) -> None:
         place = jax.sharding.NamedSharding(mesh, untyped.sharding.PartitionSpec(*spec))
         if row.simulated:
             return untyped.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-        return jax.device_put(jnp.repeat(leaf, copies, axis=0) if copies > 1 else leaf, place)
+        return jax.device_put(
+            jnp.repeat(leaf, copies, axis=0) if copies > 1 else leaf, place
+        )
 
     def for_each(leaf: Any) -> Any:
         each = leaf.shape[:1] == (problem.rows,)  # a random key serves all devices
@@ -281,10 +350,20 @@ def prepare(problem: Problem, row: Row) -> None:
 
     params = jax.tree.map(partial(put, share=row.layout == "sharded"), problem.params)
     batch = jax.tree.map(for_each, problem.batch)
-    start, args, loss, once = way_of(row.method, problem._replace(params=params, batch=batch))
-    state = start, (start, start, put(jnp.int32(0), False)) if row.optimizer == "adam" else ()
-    trains, compared = (problem.where, "*") if row.method != "all" else ("*", problem.where)
-    row.batch, row.flops_min = problem.rows * row.devices, least_flops(problem, row.method)
+    start, args, loss, once = way_of(
+        row.method, problem._replace(params=params, batch=batch)
+    )
+    state = (
+        start,
+        (start, start, put(jnp.int32(0), False)) if row.optimizer == "adam" else (),
+    )
+    trains, compared = (
+        (problem.where, "*") if row.method != "all" else ("*", problem.where)
+    )
+    row.batch, row.flops_min = (
+        problem.rows * row.devices,
+        least_flops(problem, row.method),
+    )
     parts = state[1], mf.partition(trains, params)[0]
     row.moment_bytes, row.trainable_bytes = map(tree_bytes, parts)
     places = jax.tree.map(lambda leaf: leaf.sharding, state), None
@@ -293,14 +372,23 @@ def prepare(problem: Problem, row: Row) -> None:
     step = jax.jit(take, donate_argnums=donated, out_shardings=places)
     note_program(row, step, state, *args)
     # Each time in new arrays: a step deletes what it is given.
-    row.fresh = lambda: (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, state[1]))
-    row.run = None if row.simulated else partial(take_steps, step, partial(repeat, args))
+    row.fresh = lambda: (
+        jax.tree.map(jnp.copy, start),
+        jax.tree.map(jnp.zeros_like, state[1]),
+    )
+    row.run = (
+        None if row.simulated else partial(take_steps, step, partial(repeat, args))
+    )
     # Adam's first step is the gradients' sign, which a rounding turns: its moment is compared.
     row.read = lambda state: mf.partition(compared, (state[1] or state)[0])[0]
     # Clipped, `all` stands alone: a norm over all is another than one over what trains.
-    row.group = row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
+    row.group = (
+        row.optimizer + (", clipped" + " over all" * (row.method == "all")) * row.clip
+    )
     if once is not None:
-        row.once = Row(run=partial(take_steps, lambda state: (state, once()), partial(repeat, ())))
+        row.once = Row(
+            run=partial(take_steps, lambda state: (state, once()), partial(repeat, ()))
+        )
         row.kept_bytes = tree_bytes(args[1])
         row.kept_ratio = row.kept_bytes / tree_bytes(batch)
         if "random_bits" in str(jax.make_jaxpr(once)()):
@@ -320,7 +408,9 @@ def in_turn(do: Function, rows: Sequence[Row]) -> None:
         try:
             do(row)
         except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
-            known = re.search("MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I)
+            known = re.search(
+                "MemoryError|RESOURCE_EXHAUSTED|out.of.memory", repr(error), re.I
+            )
             # The other processes of a cluster would wait for this one in the row's collectives.
             if not known or jax.process_count() > 1:
                 raise
@@ -350,7 +440,9 @@ def probes(dtype: str) -> list[Row]:
     starts = jax.random.normal(jax.random.key(0), (n, n), dtype), jnp.ones(VECTOR)
     rows = [Row(batch=2 * n**3), Row(batch=3 * starts[1].nbytes)]
     for row, step, start in zip(rows, PROBES, starts):
-        row.run = partial(take_steps, jax.jit(step, donate_argnums=0), partial(repeat, (start,)))
+        row.run = partial(
+            take_steps, jax.jit(step, donate_argnums=0), partial(repeat, (start,))
+        )
         row.fresh = partial(jnp.copy, start)
     return rows
 
@@ -377,7 +469,9 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     def read(state: Tree) -> dict[Any, np.ndarray]:  # by key path; whole, on the host
         whole = partial(multihost_utils.process_allgather, tiled=True)
         leaves = jax.tree_util.tree_leaves_with_path(row.read(state))
-        return {k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves}
+        return {
+            k: np.asarray(x if x.is_fully_addressable else whole(x)) for k, x in leaves
+        }
 
     what, state = f"{row.problem}: {label(row)}", row.fresh()
     before = read(state)
@@ -388,29 +482,39 @@ def check_agreement(row: Row, first: dict[str, tuple[Row, Tree]]) -> None:
     like, wanted = first.setdefault(row.group, (row, after))
     for path, leaf in after.items():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        a, b, was = map(np.float32, (leaf, wanted.get(path, before[path]), before[path]))
+        a, b, was = map(
+            np.float32, (leaf, wanted.get(path, before[path]), before[path])
+        )
         if not np.isfinite(a).all():
             raise FloatingPointError(f"{what}: the gradient of {name!r} is not finite")
         apart, change, value = (np.abs(x).max(initial=0) for x in (a - b, b - was, was))
         eps = float(np.spacing(leaf.dtype.type(1)))
         if apart > (allowed := max(0.01, 8 * eps) * change + 4 * eps * value):
             differs = f"{name!r} differs by {apart:.3g}, {allowed:.3g} is allowed"
-            raise FloatingPointError(f"{what} must take the step of {label(like)}: {differs}")
+            raise FloatingPointError(
+                f"{what} must take the step of {label(like)}: {differs}"
+            )
 
 
 # ----------------------------------------------------------------------------- the tables
-def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
+def methods_table(
+    options: Namespace, problems: Sequence[Problem]
+) -> Iterator[list[Row]]:
     """a step, by how layers are held still"""
     for problem in problems:
         kinds = [(way, False, options.optimizer) for way in WAYS]
         kinds += [(way, True, options.optimizer) for way in WAYS[:-1]]
-        kinds += [(way, False, "adam") for way in WAYS[:3] if options.optimizer == "sgd"]
+        kinds += [
+            (way, False, "adam") for way in WAYS[:3] if options.optimizer == "sgd"
+        ]
         kinds = kinds if problem is problems[-1] else kinds[: len(WAYS) - 1]
         new = partial(Row, "methods", problem.name, make=partial(prepare, problem))
         yield [new(way, clip, optimizer=optimizer) for way, clip, optimizer in kinds]
 
 
-def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
+def prefix_table(
+    options: Namespace, problems: Sequence[Problem]
+) -> Iterator[list[Row]]:
     """a step, by how many layers from the first are frozen"""
     problem, rows = problems[-1], list[Row]()
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
@@ -421,33 +525,49 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[li
     yield rows
 
 
-def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
+def devices_table(
+    options: Namespace, problems: Sequence[Problem]
+) -> Iterator[list[Row]]:
     """a data-parallel step on one device; simulated: no times, sharded as XLA does for CPUs"""
     usual, processes = jax.devices(), jax.process_count()
     named = options.devices or processes > 1
-    for devices in [usual] if named else map(jax.devices, sorted(backends())):  # the CPU first
+    for devices in (
+        [usual] if named else map(jax.devices, sorted(backends()))
+    ):  # the CPU first
         own = [[d for d in devices if d.process_index == i] for i in range(processes)]
         by_turns = [d for turn in zip(*own) for d in turn]
         powers = {len(devices), *(processes * 2**i for i in range(20))}
         several = devices != usual[:1]  # the usual one alone is in the other tables
-        for n in options.devices or sorted(n for n in powers if several and n <= len(devices)):
-            yield from (device_rows(problem, by_turns[:n], options) for problem in problems[-2:])
+        for n in options.devices or sorted(
+            n for n in powers if several and n <= len(devices)
+        ):
+            yield from (
+                device_rows(problem, by_turns[:n], options) for problem in problems[-2:]
+            )
     if not named:  # last: what was made before is gone
         vars(options).update(compile_only=True, devices=[8], cluster=False)
         yield from devices_table(options, set_up(options))
 
 
-def device_rows(problem: Problem, devices: list[jax.Device], options: Namespace) -> list[Row]:
+def device_rows(
+    problem: Problem, devices: list[jax.Device], options: Namespace
+) -> list[Row]:
     n, kind, ways = len(devices), devices[0].platform, ("all", "partition")
     simulated = options.compile_only or (kind == "cpu" and n > jax.process_count())
     make = partial(prepare, problem)
-    new = partial(Row, problem=problem.name, platform=kind, optimizer=options.optimizer, make=make)
+    new = partial(
+        Row, problem=problem.name, platform=kind, optimizer=options.optimizer, make=make
+    )
     # What they must agree with, and are measured against, is one device of their kind: not shown.
     alone = [new(method=way) for way in ways if n > 1 and not simulated]
     new = partial(new, table="devices", devices=n, simulated=simulated, on=devices)
     sizes = {size for leaf in jax.tree.leaves(problem.params) for size in leaf.shape}
-    layouts = ["replicated", "sharded"][: 1 + (n > 1 and any(size % n == 0 for size in sizes))]
-    return alone + [new(layout=layout, method=way) for layout, way in product(layouts, ways)]
+    layouts = ["replicated", "sharded"][
+        : 1 + (n > 1 and any(size % n == 0 for size in sizes))
+    ]
+    return alone + [
+        new(layout=layout, method=way) for layout, way in product(layouts, ways)
+    ]
 
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[Row]]:
@@ -457,20 +577,35 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[list[
     batches = xs.astype(options.dtype), ys
     ours = partial(prepare_run, *mf.partition(problem.where, problem.params), batches)
     makes = {"loop": partial(ours, mf.train_step), "scan": partial(ours, mf.train)}
-    yield [Row("run", "seed", way, steps=RUN_STEPS, make=make) for way, make in makes.items()]
+    yield [
+        Row("run", "seed", way, steps=RUN_STEPS, make=make)
+        for way, make in makes.items()
+    ]
 
 
-def prepare_run(state: Tree, frozen: Tree, batches: Tree, step: Function, row: Row) -> None:
+def prepare_run(
+    state: Tree, frozen: Tree, batches: Tree, step: Function, row: Row
+) -> None:
     """Makes a step that is called for each batch or, a scan, with them all."""
     jitted, scan = jax.jit(step, donate_argnums=0), row.method.endswith("scan")
     loop = [] if scan else [(frozen, *batch) for batch in zip(*batches)]
 
     def feed(steps: int) -> Any:
-        return [(frozen, *(column[:steps] for column in batches))] if scan else loop[:steps]
+        return (
+            [(frozen, *(column[:steps] for column in batches))]
+            if scan
+            else loop[:steps]
+        )
 
-    row.run, row.fresh = partial(take_steps, jitted, feed), partial(jax.tree.map, jnp.copy, state)
+    row.run, row.fresh = (
+        partial(take_steps, jitted, feed),
+        partial(jax.tree.map, jnp.copy, state),
+    )
     note_program(row, jitted, state, *feed(RUN_STEPS)[0])
-    row.batch, row.flops = batches[1].shape[1], None if scan else row.flops  # it counts one pass
+    row.batch, row.flops = (
+        batches[1].shape[1],
+        None if scan else row.flops,
+    )  # it counts one pass
 
 
 # Each yields lists of unmade rows that are timed together; .ci/peers.py adds its own tables.
@@ -495,7 +630,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if "--peers" in (sys.argv if argv is None else argv):
         runpy.run_path(str(PEERS))["add_tables"](sys.modules[__name__])
     # Without its usage text, argparse says what is wrong in one line, and exits with 2.
-    parser = ArgumentParser("bench.py", SUPPRESS, __doc__.partition("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(
+        "bench.py", SUPPRESS, __doc__.partition("\n")[0], allow_abbrev=False
+    )
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--peers", action="store_true", help="other libraries too")
@@ -503,8 +640,18 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--batch", type=int, metavar="N", help="rows in a batch, a device")
     which.add_argument("--train", nargs="+", metavar="PATTERN", help="what trains")
     which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="what does not")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd, with some adam")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add(
+        "--optimizer",
+        choices=("sgd", "adam"),
+        default="sgd",
+        help="default: sgd, with some adam",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="default: float32",
+    )
     add("--model", metavar="FILE.py:NAME", help="NAME() is (loss_fn, params, batch)")
     add("--rounds", type=int, default=7, metavar="N", help="default: 7")
     add("--devices", nargs="+", type=int, metavar="N", help="how many")
@@ -514,30 +661,56 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--processes", type=int, metavar="N", help="how many it has")
     add("--process", type=int, metavar="I", help="which this one is, from 0")
     add("--json", type=Path.cwd().joinpath, metavar="FILE", help="the results")
-    add("--plot", type=Path.cwd().joinpath, metavar="FILE", help="a picture of prefix and methods")
+    add(
+        "--plot",
+        type=Path.cwd().joinpath,
+        metavar="FILE",
+        help="a picture of prefix and methods",
+    )
     options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    given = {
+        name
+        for name, value in vars(options).items()
+        if value != parser.get_default(name)
+    }
     unused = {user: given.intersection(names.split()) for user, names in UNUSED.items()}
-    usual = [name for name in TABLES if not unused.get(name)][: 1 if options.model else None]
+    usual = [name for name in TABLES if not unused.get(name)][
+        : 1 if options.model else None
+    ]
     asked = (options.tables or usual) + ["peers"] * options.peers
     options.tables = [name for name in TABLES if name in asked]
     for user in (*options.tables, *sorted(given)):
         for name in sorted(unused.get(user, ())):
             parser.error(f"--{name} is not used with {user}".replace("_", "-"))
-    options.where = options.train or [f"!{p}".removeprefix("!!") for p in options.freeze or []]
+    options.where = options.train or [
+        f"!{p}".removeprefix("!!") for p in options.freeze or []
+    ]
     options.cluster = bool(given & {"cluster", "coordinator", "processes", "process"})
-    counts, port = options.devices or [], (options.coordinator or ":1").rpartition(":")[2]
-    numbers = [*counts, *(options.sizes or []), options.batch, options.rounds, options.processes]
+    counts, port = (
+        options.devices or [],
+        (options.coordinator or ":1").rpartition(":")[2],
+    )
+    numbers = [
+        *counts,
+        *(options.sizes or []),
+        options.batch,
+        options.rounds,
+        options.processes,
+    ]
     numbers = [n for n in numbers if n is not None and not 0 < n < 2**31]
-    files = [str(file.resolve()) for file in (options.json, options.plot) if file is not None]
+    files = [
+        str(file.resolve()) for file in (options.json, options.plot) if file is not None
+    ]
     refusals: dict[str, Any] = {
         "JAX_DISABLE_JIT is set, and nothing would be compiled": untyped.config.jax_disable_jit,
         f"numbers must be positive, and below 2**31: {numbers}": numbers,
         "--coordinator must be HOST:PORT": not port.isdecimal() or int(port) >= 2**16,
         f"--devices names a count twice: {counts}": len(set(counts)) < len(counts),
         "--model needs --train or --freeze": options.model and not options.where,
-        "--plot draws methods and prefix": options.plot and not {*options.tables} & {*PICTURED},
-        f"--json, --plot must be regular files, not the same: {files}": len({*files}) < len(files)
+        "--plot draws methods and prefix": options.plot
+        and not {*options.tables} & {*PICTURED},
+        f"--json, --plot must be regular files, not the same: {files}": len({*files})
+        < len(files)
         or any(os.path.exists(file) and not os.path.isfile(file) for file in files),
     }
     for why in (why for why, wrong in refusals.items() if wrong):
@@ -584,10 +757,15 @@ def set_up(options: Namespace) -> list[Problem]:
         here, processes = jax.devices(), jax.process_count()
         if any(n > len(here) or n % processes for n in options.devices or []):
             found = f"there are {len(here)} in {processes} processes, {here}"
-            raise ValueError(f"--devices {options.devices}: {found}; --compile-only simulates more")
+            raise ValueError(
+                f"--devices {options.devices}: {found}; --compile-only simulates more"
+            )
         doing = "--json, --plot (uv run --with matplotlib bench.py): "
         write(options, {}, [], "")
-        doing = options.model and f"{options.model}, FILE.py:NAME, gives (loss_fn, params, batch): "
+        doing = (
+            options.model
+            and f"{options.model}, FILE.py:NAME, gives (loss_fn, params, batch): "
+        )
         problems = problems_of(options)
         for problem in problems:
             doing = f"{problem.name}: "
@@ -608,14 +786,18 @@ def set_up(options: Namespace) -> list[Problem]:
 MEANS = """step: median; vs all: within a round; of limit: the least that its FLOPs or bytes take;
 memory: arguments, results and temporary bytes on a device, counted once where they share a place"""
 LINE = "{:14}  {:34} {:>7} {:>8} {:>8} {:>7} {:>7} {:>7}"
-TITLES = LINE.format("problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory")
+TITLES = LINE.format(
+    "problem", "method", "step", "vs all", "of limit", "rows/s", "FLOPs", "memory"
+)
 
 
 def quantity(value: float | None, unit: str) -> str:
     """Three digits with a prefix, or a ratio; nothing for None."""
     if value is None:
         return ""
-    power = 0 if unit == "x" else int(f"{value:.2e}".partition("e")[2]) // 3  # once rounded
+    power = (
+        0 if unit == "x" else int(f"{value:.2e}".partition("e")[2]) // 3
+    )  # once rounded
     digits = f"{value / 1000**power:#.3g}".rstrip(".")
     return digits + f" {' kMGTPfpnµm'[power].strip()}{unit}".rstrip().replace(" x", "x")
 
@@ -623,7 +805,13 @@ def quantity(value: float | None, unit: str) -> str:
 def label(row: Row) -> str:
     """A row's method and what is special about it."""
     devices = f"{row.devices} {row.platform}" if row.table == "devices" else ""
-    words = row.method, "clipped" * row.clip, row.optimizer.removeprefix("sgd"), devices, row.layout
+    words = (
+        row.method,
+        "clipped" * row.clip,
+        row.optimizer.removeprefix("sgd"),
+        devices,
+        row.layout,
+    )
     return ", ".join(filter(None, words))
 
 
@@ -632,12 +820,18 @@ def line(row: Row) -> str:
     values = row.step_s, row.vs_all, row.rows_per_s, row.flops, row.memory_bytes
     cells = [*map(quantity, values, ("s", "x", "", "", "B"))]
     cells.insert(2, "" if row.roofline_share is None else f"{row.roofline_share:.0%}")
-    return "\n    ".join((LINE.format(row.problem, label(row), *cells).rstrip(), *notes(row)))
+    return "\n    ".join(
+        (LINE.format(row.problem, label(row), *cells).rstrip(), *notes(row))
+    )
 
 
 def notes(row: Row) -> Iterator[str]:
     if row.once_s:
-        paid = f"paid after {row.break_even:.2g} epochs" if row.break_even else "never paid"
+        paid = (
+            f"paid after {row.break_even:.2g} epochs"
+            if row.break_even
+            else "never paid"
+        )
         kept = f"{quantity(row.kept_bytes, 'B')} more a batch ({row.kept_ratio:.1f}x its own)"
         yield f"once {quantity(row.once_s, 's')} and {kept}, {paid}"
     if row.devices > 1 and row.sent_bytes is not None:
@@ -652,31 +846,57 @@ def answers(rows: Sequence[Row]) -> list[str]:
     """The answer, in at most three lines that stand alone: of a table the last problem timed."""
     said, tables = dict[Any, dict[str, list[str]]](), ("methods", "devices", "run")
     ways = "all", "partition", "hoist", "loop", "scan"
-    rows = [row for row in rows if row.table in tables and row.method in ways and not row.clip]
-    for row in sorted(rows, key=lambda row: (tables.index(row.table), row.step_s is not None)):
-        ratio = f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
+    rows = [
+        row
+        for row in rows
+        if row.table in tables and row.method in ways and not row.clip
+    ]
+    for row in sorted(
+        rows, key=lambda row: (tables.index(row.table), row.step_s is not None)
+    ):
+        ratio = (
+            f" ({1 / row.vs_all:.3g}x)" if row.vs_all and row.method != "all" else ""
+        )
         step = f"{row.method} {quantity(row.step_s, 's')}{ratio}".rstrip()
         facts = filter(None, (step, quantity(row.memory_bytes, "B"), *notes(row)))
         kind = said.setdefault((row.table, row.optimizer, row.layout), {})
         what = label(row).replace(row.method, row.problem, 1)
-        kind[what] = [*kind.pop(what, []), ", ".join(facts)]  # the last one again the last
-    return [f"{what}: {' | '.join(texts)}" for what, texts in map(dict.popitem, said.values())][:3]
+        kind[what] = [
+            *kind.pop(what, []),
+            ", ".join(facts),
+        ]  # the last one again the last
+    return [
+        f"{what}: {' | '.join(texts)}"
+        for what, texts in map(dict.popitem, said.values())
+    ][:3]
 
 
 def card(options: Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     peaks, device = [*measure([], options), None, None], jax.devices()[0]
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    names = (
+        re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    )
     cpu = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
     facts = {module.__name__: module.__version__ for module in (jax, jaxlib, np)}
     facts |= {"python": platform.python_version(), "platform": device.platform}
     facts |= {"device_kind": device.device_kind, "device_count": jax.device_count()}
-    facts |= {"processes": jax.process_count(), "cpu": cpu, "date": time.strftime("%Y-%m-%d")}
-    return facts | {"dtype": options.dtype, "peak_flops": peaks[0], "peak_bytes_per_s": peaks[1]}
+    facts |= {
+        "processes": jax.process_count(),
+        "cpu": cpu,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return facts | {
+        "dtype": options.dtype,
+        "peak_flops": peaks[0],
+        "peak_bytes_per_s": peaks[1],
+    }
 
 
-def write(options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str) -> None:
+def write(
+    options: Namespace, facts: dict[str, Any], rows: Sequence[Row], ended: str
+) -> None:
     """Writes the files that are asked for, each in one piece; without rows, shows that it can."""
     pictured = [row for row in rows if row.step_s and row.table in PICTURED]
     results = {"card": facts, "complete": ended == "complete", "ended": ended}
@@ -703,9 +923,13 @@ def drawing(rows: Sequence[Row]) -> Any:
     for way in ("partition", "hoist"):
         times = [1e3 * row.step_s for row in prefix if row.method in ("all", way)]
         left.plot(times, "o-", label=way)
-    left.set(title="ms a step, by layers frozen from the first", xticks=range(len(times)))
+    left.set(
+        title="ms a step, by layers frozen from the first", xticks=range(len(times))
+    )
     left.legend()
-    methods = [row for row in reversed(methods) if row.problem == methods[-1].problem]  # upwards
+    methods = [
+        row for row in reversed(methods) if row.problem == methods[-1].problem
+    ]  # upwards
     names = [f"{label(row)}: {quantity(row.step_s, 's')}" for row in methods]
     right.barh(names, [1e3 * row.step_s for row in methods])
     right.set(title="ms a step, by method")
@@ -719,10 +943,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parse(argv)
         problems = set_up(options)
         facts = card(options)
-        short = {k: quantity(v, "") if isinstance(v, float) else v for k, v in facts.items()}
+        short = {
+            k: quantity(v, "") if isinstance(v, float) else v for k, v in facts.items()
+        }
         say(*(f"{key} {value}" for key, value in short.items()), sep=", ")
         for table in options.tables:
-            say(f"\n{table}: {TABLES[table].__doc__}", *problems, MEANS, TITLES, sep="\n")
+            say(
+                f"\n{table}: {TABLES[table].__doc__}",
+                *problems,
+                MEANS,
+                TITLES,
+                sep="\n",
+            )
             for group in TABLES[table](options, problems):
                 measure(group, options)
                 rows += (shown := [row for row in group if row.table])

@@ -568,6 +568,12 @@ def one_mark_is_an_integer() -> PyTree:
             ["linear_1/b"],
             id="bools in another structure",
         ),
+        pytest.param(
+            {f"layer_{i}": {"w": True, "b": True} for i in range(3)},
+            ValueError,
+            ["layer_0/b", "linear_10/w"],
+            id="as many bools in another structure",
+        ),
     ],
 )
 def test_partition_refuses(
@@ -3707,7 +3713,7 @@ def test_plot_refuses_a_folder_that_is_not_writable_before_it_trains(
     def refuse(**options: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(minifreeze.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     file = str(tmp_path / "x.png")
     assert_main_refuses(capsys, ["--plot", file], file, "not writable")
 

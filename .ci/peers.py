@@ -48,7 +48,9 @@ def haiku_parts(problem: Any, params: Any, rate: float) -> Any:
     """(step, trainable, frozen, trainable -> our names), the step not jitted."""
     hk = importlib.import_module("haiku")
     trains = mf.mask(problem.where, params)
-    network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP(problem.sizes[1:])(x)))
+    network = hk.without_apply_rng(
+        hk.transform(lambda x: hk.nets.MLP(problem.sizes[1:])(x))
+    )
 
     def selected(module: str, name: str, value: Any) -> bool:
         return bool(trains[module.rpartition("/")[2]][name])
@@ -62,7 +64,9 @@ def haiku_parts(problem: Any, params: Any, rate: float) -> Any:
         return jax.tree.map(lambda p, g: p - g * rate, trainable, grads), loss
 
     def read(trainable: Any) -> Any:
-        return {name.rpartition("/")[2]: dict(layer) for name, layer in trainable.items()}
+        return {
+            name.rpartition("/")[2]: dict(layer) for name, layer in trainable.items()
+        }
 
     named = {f"mlp/~/{name}": layer for name, layer in params.items()}
     return step, *hk.data_structures.partition(selected, named), read
@@ -70,13 +74,20 @@ def haiku_parts(problem: Any, params: Any, rate: float) -> Any:
 
 def haiku(problem: Any, params: Any, batch: Any, rate: float, norm: float) -> Peer:
     step, trainable, frozen, read = haiku_parts(problem, params, rate)
-    return Peer(jax.jit(step, donate_argnums=0), partial(copied, trainable), (frozen, *batch), read)
+    return Peer(
+        jax.jit(step, donate_argnums=0),
+        partial(copied, trainable),
+        (frozen, *batch),
+        read,
+    )
 
 
 # -------------------------------------------------------------------------------- Equinox
 
 
-def equinox(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str) -> Peer:
+def equinox(
+    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
+) -> Peer:
     eqx = importlib.import_module("equinox")
     trains = mf.mask(problem.where, params)
     modules: list[Any] = []
@@ -96,7 +107,10 @@ def equinox(problem: Any, params: Any, batch: Any, rate: float, norm: float, for
         return cross_entropy(jax.vmap(eqx.combine(trainable, frozen))(x), y)
 
     def read(model: Any) -> Any:
-        return {f"linear_{i // 2}": {"w": model[i].weight.T, "b": model[i].bias} for i in linears}
+        return {
+            f"linear_{i // 2}": {"w": model[i].weight.T, "b": model[i].bias}
+            for i in linears
+        }
 
     def filtered(model: Any, x: jax.Array, y: jax.Array) -> Any:
         trainable, frozen = eqx.partition(model, filter_spec)
@@ -115,7 +129,9 @@ def equinox(problem: Any, params: Any, batch: Any, rate: float, norm: float, for
         def lower(model: Any, *rest: Any) -> Any:
             return jitted.lower(rest, model)
 
-        return Peer(step, partial(copied, model), batch, read, SimpleNamespace(lower=lower))
+        return Peer(
+            step, partial(copied, model), batch, read, SimpleNamespace(lower=lower)
+        )
     trainable, rest = eqx.partition(model, filter_spec)
     frozen, static = eqx.partition(rest, eqx.is_array)
 
@@ -141,7 +157,9 @@ def leaves_of(linear: Any) -> Any:
 # ------------------------------------------------------------------------------- Flax NNX
 
 
-def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str) -> Peer:
+def nnx(
+    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
+) -> Peer:
     nnx = importlib.import_module("flax.nnx")
     trains = mf.mask(problem.where, params)
     modules: list[Any] = []
@@ -153,7 +171,9 @@ def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: s
     model = nnx.Sequential(*modules[:-1])
 
     def selected(path: tuple[Any, ...], value: Any) -> bool:  # ("layers", 2, "kernel")
-        return bool(trains[f"linear_{path[1] // 2}"]["w" if path[2] == "kernel" else "b"])
+        return bool(
+            trains[f"linear_{path[1] // 2}"]["w" if path[2] == "kernel" else "b"]
+        )
 
     trainable = nnx.All(nnx.Param, selected)
 
@@ -169,7 +189,10 @@ def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: s
 
     def read(model: Any) -> Any:
         kept = [m for m in model.layers if isinstance(m, nnx.Linear)]
-        return {f"linear_{i}": {"w": m.kernel[...], "b": m.bias[...]} for i, m in enumerate(kept)}
+        return {
+            f"linear_{i}": {"w": m.kernel[...], "b": m.bias[...]}
+            for i, m in enumerate(kept)
+        }
 
     graphdef, train, rest = nnx.split(model, trainable, ...)
     if form == "split/merge in jax.jit":
@@ -201,7 +224,9 @@ def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: s
     start = nnx.state(model)
 
     def fresh() -> Any:
-        nnx.update(model, copied(start))  # the model's own arrays are replaced at every step
+        nnx.update(
+            model, copied(start)
+        )  # the model's own arrays are replaced at every step
         return model
 
     start = copied(start)
@@ -211,13 +236,17 @@ def nnx(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: s
 # ---------------------------------------------------------------------------------- optax
 
 
-def optax(problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str) -> Peer:
+def optax(
+    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
+) -> Peer:
     optax = importlib.import_module("optax")
     frozen = jax.tree.map(lambda trains: not trains, mf.mask(problem.where, params))
     sgd, clip = optax.sgd(rate), optax.clip_by_global_norm(norm)
     inner = optax.chain(clip, sgd) if form == "inside" else sgd
     # Until optax 0.2.6 it stands with the transforms alone.
-    selective = getattr(optax, "selective_transform", optax.transforms.selective_transform)
+    selective = getattr(
+        optax, "selective_transform", optax.transforms.selective_transform
+    )
     optimizer = selective(inner, freeze_mask=frozen)
     if form == "outside":
         optimizer = optax.chain(clip, optimizer)
@@ -230,7 +259,10 @@ def optax(problem: Any, params: Any, batch: Any, rate: float, norm: float, form:
 
     state = params, optimizer.init(params)
     return Peer(
-        jax.jit(step, donate_argnums=0), partial(copied, state), batch, lambda state: state[0]
+        jax.jit(step, donate_argnums=0),
+        partial(copied, state),
+        batch,
+        lambda state: state[0],
     )
 
 
@@ -247,7 +279,10 @@ FORMS: dict[str, Callable[..., Peer]] = {  # the row's name; clipped where it sa
     "optax, clip inside": partial(optax, form="inside"),
     "optax, clip outside": partial(optax, form="outside"),
 }
-GROUPS = {"optax, clip inside": "sgd, clipped", "optax, clip outside": "sgd, clipped over all"}
+GROUPS = {
+    "optax, clip inside": "sgd, clipped",
+    "optax, clip outside": "sgd, clipped over all",
+}
 
 
 def add_tables(bench: Any) -> None:
@@ -266,7 +301,9 @@ def add_tables(bench: Any) -> None:
 
     run_table.__doc__ = f"{ours.__doc__}; and Haiku's"
     bench.TABLES |= {"run": run_table, "peers": peers_table}
-    bench.TABLES["devices"] = bench.TABLES.pop("devices")  # the last: it changes what there is
+    bench.TABLES["devices"] = bench.TABLES.pop(
+        "devices"
+    )  # the last: it changes what there is
     bench.UNUSED["peers"] = f"optimizer model {bench.DEVICES}"
 
 
@@ -274,7 +311,9 @@ def rows(bench: Any, problem: Any) -> list[Any]:
     """The rows of one problem, ours first; a form that is not to be had says why."""
     params, batch = problem.params, problem.batch
     ours = [
-        bench.Row("peers", problem.name, way, clip, make=partial(bench.prepare, problem))
+        bench.Row(
+            "peers", problem.name, way, clip, make=partial(bench.prepare, problem)
+        )
         for clip in (False, True)
         for way in ("all", "partition")
     ]
@@ -293,7 +332,9 @@ def rows(bench: Any, problem: Any) -> list[Any]:
     for name, build in FORMS.items():
         row = bench.Row("peers", problem.name, name, name in GROUPS)
         try:
-            row.make = partial(make, build(problem, params, batch, bench.SGD_RATE, bench.CLIP))
+            row.make = partial(
+                make, build(problem, params, batch, bench.SGD_RATE, bench.CLIP)
+            )
         except (ImportError, AttributeError, TypeError) as error:
             row.remark = f"left out: {error}"
         theirs.append(row)
@@ -303,12 +344,16 @@ def rows(bench: Any, problem: Any) -> list[Any]:
 def haiku_runs(bench: Any, problem: Any, batches: Any) -> list[Any]:
     """Haiku's step in a loop and in a scan over the walk-through's batches."""
     try:
-        step, trainable, frozen, read = haiku_parts(problem, problem.params, bench.SGD_RATE)
+        step, trainable, frozen, read = haiku_parts(
+            problem, problem.params, bench.SGD_RATE
+        )
     except (ImportError, AttributeError):  # the table of peers says so
         return []
 
     def scan(trainable: Any, frozen: Any, *batches: Any) -> Any:
-        return jax.lax.scan(lambda state, batch: step(state, frozen, *batch), trainable, batches)
+        return jax.lax.scan(
+            lambda state, batch: step(state, frozen, *batch), trainable, batches
+        )
 
     return [
         bench.Row(
