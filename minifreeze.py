@@ -301,10 +301,11 @@ def _structure_error(
     names = {label: set(_names(tree, is_leaf)) for label, tree in trees.items()}
     all_names = set().union(*names.values())
     problems = []
-    for name in sorted(all_names):
-        for label in trees:
-            if name not in names[label]:
-                problems.append(f"{name!r} is missing from {label}")
+    for label in trees:
+        missing = [repr(name) for name in sorted(all_names - names[label])]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            problems.append(f"{_first_ten(missing)} {verb} missing from {label}")
     if not problems:
         # The names agree, so the containers differ. Show each from just before the
         # first difference.
@@ -317,7 +318,7 @@ def _structure_error(
         start = max(0, start - 20)
         for label, text in zip(trees, texts):
             problems.append(f"{label} is ..{text[start : start + 80]}..")
-    return f"the structures differ: {_first_ten(problems)}"
+    return f"the structures differ; {'; '.join(problems[:10])}"
 
 
 # --------------------------------------------------------------------- merge and report
@@ -398,7 +399,7 @@ def _merge_error(
     if lost and not partial:
         problems.append(
             "pass the part that holds the missing leaves, or partial=True to leave "
-            f"holes: none of the {len(parts)} parts holds {_first_ten(lost)}"
+            f"holes; none of {len(parts)} part(s) holds {_first_ten(lost)}"
         )
     if overlaps:
         problems.append(f"several parts hold the same leaf: {_first_ten(overlaps)}")
