@@ -910,25 +910,59 @@ def place(
 
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
     """One data-parallel step of the last problem, on several devices."""
-    problem = problems[-1]
-    devices = usable_devices(options)
+    problem, devices = problems[-1], usable_devices(options)
+    processes = jax.process_count()
     counts = options.devices
     if counts is None and options.topology:
         counts = [len(devices)]
     elif counts is None and options.compile_only:
         counts = [1, 2, 4, 8]
     elif counts is None:
-        processes = jax.process_count()
         powers = [processes * 2**i for i in range(20)]
         counts = [count for count in powers if 1 < count <= len(devices)]
+
+    title = describe(problem)
+    simulated: dict[Case, Build] = {}
     for count in counts:
-        yield compare_on(devices[:count], problem, options)
-    if (
-        options.devices is None
-        and not options.compile_only
-        and jax.process_count() == 1
-    ):
+        # Several devices of one CPU share its cores: their times would mean nothing.
+        on_one_cpu = devices[0].platform == "cpu" and count > processes
+        if options.compile_only or on_one_cpu:
+            simulated |= device_cases(problem, devices[:count], options, simulated=True)
+        else:
+            cases = device_cases(problem, jax.local_devices()[:1], options)
+            if count > 1:
+                cases |= device_cases(problem, devices[:count], options)
+            yield Table(title, measure(cases, options))
+    if simulated:
+        compiled_for = options.topology or devices[0].platform
+        title += f"\nas compiled for {compiled_for}, not run"
+        yield Table(title, measure(simulated, options))
+    if options.devices is None and not options.compile_only and processes == 1:
         yield simulated_elsewhere(problem, options)
+
+
+def device_cases(
+    problem: Problem,
+    devices: Sequence[jax.Device],
+    options: Namespace,
+    simulated: bool = False,
+) -> dict[Case, Build]:
+    """Training everything and a part on some devices, replicated and sharded."""
+    count, kind = len(devices), devices[0].platform
+    case = case_of("devices", problem, options)
+    case = replace(case, devices=count, platform=kind, rows=case.rows * count)
+    layouts = ["replicated"]
+    # XLA for CPUs all-reduces gradients that it reduce-scatters for GPUs and TPUs.
+    if count > 1 and not (simulated and kind == "cpu"):
+        layouts.append("sharded")
+
+    builds: dict[Case, Build] = {}
+    for layout in layouts:
+        placed = place(problem, devices, layout == "sharded", abstract=simulated)
+        for method in ("everything", "partition"):
+            row = replace(case, method=method, layout=layout, simulated=simulated)
+            builds[row] = partial(build_step, placed)
+    return builds
 
 
 def usable_devices(options: Namespace) -> list[jax.Device]:
@@ -939,36 +973,6 @@ def usable_devices(options: Namespace) -> list[jax.Device]:
     for device in jax.devices():
         by_process[device.process_index].append(device)
     return [device for turn in zip(*by_process) for device in turn]
-
-
-def compare_on(
-    devices: Sequence[jax.Device], problem: Problem, options: Namespace
-) -> Table:
-    """Compares everything with partition on some devices, and those with one device."""
-    count, kind = len(devices), devices[0].platform
-    # Several devices of one CPU share its cores: their times would mean nothing.
-    on_one_cpu = kind == "cpu" and count > jax.process_count()
-    simulated = options.compile_only or on_one_cpu
-    case = case_of("devices", problem, options)
-    case = replace(case, platform=kind, simulated=simulated, rows=case.rows * count)
-
-    placed = {(count, "replicated"): place(problem, devices, abstract=simulated)}
-    # XLA for CPUs all-reduces where it reduce-scatters for GPUs and TPUs.
-    if count > 1 and not (simulated and kind == "cpu"):
-        placed[count, "sharded"] = place(problem, devices, True, simulated)
-    if count > 1 and not simulated:
-        placed[1, "replicated"] = place(problem, jax.local_devices()[:1])
-
-    builds = {}
-    for (number, layout), problem_there in placed.items():
-        for method in ("everything", "partition"):
-            there = replace(case, method=method, devices=number, layout=layout)
-            there = replace(there, rows=case.rows // count * number)
-            builds[there] = partial(build_step, problem_there)
-    title = describe(problem)
-    if simulated:
-        title += f"\nas compiled for {options.topology or kind}, not run"
-    return Table(title, measure(builds, options))
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -1092,7 +1096,10 @@ def load_model(options: Namespace) -> Problem:
     file, _, name = options.model.rpartition(":")
     sys.path.insert(0, str(Path(file).parent.resolve()))
     try:
-        made = runpy.run_path(file)[name]()
+        module = runpy.run_path(file)
+        if name not in module:
+            raise ValueError(f"{file} has no {name}()")
+        made = module[name]()
     except ModuleNotFoundError as error:
         command = f"uv run --with {error.name} bench.py ..."
         raise ValueError(f"{options.model}: {error}; {command}") from error
@@ -1363,7 +1370,7 @@ def set_up(options: Namespace) -> list[Problem]:
 
 
 def check_devices(options: Namespace) -> None:
-    found, processes = len(jax.devices()), jax.process_count()
+    found, processes = len(usable_devices(options)), jax.process_count()
     for count in options.devices or []:
         if count > found or count % processes:
             raise ValueError(
@@ -1507,7 +1514,7 @@ def leave(report: Report, interrupts: Interrupts) -> None:
 # ------------------------------------------------------------------------ the machine
 def describe_machine(options: Namespace) -> dict[str, Any]:
     """What the figures depend on."""
-    device = jax.devices()[0]
+    devices = usable_devices(options)
     peak_flops, peak_bytes_per_s = None, None
     if not options.compile_only:
         peak_flops, peak_bytes_per_s = measure_peaks(options.dtype)
@@ -1516,9 +1523,9 @@ def describe_machine(options: Namespace) -> dict[str, Any]:
         "jaxlib": version("jaxlib"),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "platform": "tpu" if options.topology else device.platform,
-        "device_kind": options.topology or device.device_kind,
-        "device_count": jax.device_count(),
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
         "processes": jax.process_count(),
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
@@ -1688,20 +1695,23 @@ NO_DIFFERENCE = "no difference seen"
 
 def table_text(title: str, rows: Sequence[Row]) -> str:
     """A title, the columns in which there is something, and notes."""
+    timed = any(row["step_s"] for row in rows)
+    on_devices = rows[0]["layout"] is not None
     columns = {"method": [label(row) for row in rows]}
-    if rows[0]["layout"] is not None:
+    if on_devices:
         columns["devices"] = [str(row["devices"]) for row in rows]
         columns["layout"] = [row["layout"] for row in rows]
     columns |= time_column(rows)
     columns["speed-up"] = [speedup_text(row) for row in rows]
     columns |= number_column("memory", "B", [row["memory_bytes"] for row in rows])
-    columns["of limit"] = [percent(row["limit_share"]) for row in rows]
-    columns |= number_column("", "FLOP", [row["flops"] for row in rows])
-    if rows[-1]["devices"] > 1:
+    if on_devices:
         columns |= number_column("sent", "B", [row["sent_bytes"] for row in rows])
         columns["efficiency"] = [percent(row["efficiency"]) for row in rows]
-    per_s = [row["rows_per_s"] for row in rows]
-    columns |= number_column(f"{rows[0]['unit']}/s", "", per_s)
+    if not (on_devices and timed):  # for all of them a line is too short
+        columns["of limit"] = [percent(row["limit_share"]) for row in rows]
+        columns |= number_column("", "FLOP", [row["flops"] for row in rows])
+        per_s = [row["rows_per_s"] for row in rows]
+        columns |= number_column(f"{rows[0]['unit']}/s", "", per_s)
 
     lines = ["", title]
     lines += aligned({name: cells for name, cells in columns.items() if any(cells)})
@@ -1878,8 +1888,8 @@ def legend(options: Namespace) -> str:
         lines.append(
             "Times are median ± median absolute deviation. Speed-ups are against "
             f'everything in the same table, or "{NO_DIFFERENCE}" where these intervals '
-            "overlap. Of limit: the share of the time that the products, or reading the "
-            "arguments and writing the results, take at the peak."
+            "overlap. Of limit: the share of the time that the products, or reading "
+            "the arguments and writing the results, take at the peak."
         )
     lines.append(
         "Memory is that of one device: parameters, moments, batch, results, temporary "
@@ -1887,8 +1897,8 @@ def legend(options: Namespace) -> str:
     )
     if "devices" in options.tables:
         lines.append(
-            "Sent is what one device sends in a ring, by the compiled program. XLA for "
-            "CPUs sums bfloat16 in float32, which sends twice as much as elsewhere."
+            "Sent is what each device sends in a ring, by the compiled program. (XLA on "
+            "CPUs sums bfloat16 in float32, so it sends twice as much as on a TPU.)"
         )
     lines += options_without_effect(options)
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
@@ -1918,7 +1928,7 @@ def answer_methods(rows: Sequence[Row]) -> str:
     optimizer, problem = rows[0]["optimizer"], rows[0]["problem"]
     plain = find(rows, method="partition", optimizer=optimizer, clip=False)
     if plain["speedup"] is None:
-        return f"{problem}: not everything could be timed."
+        return f"{problem}: everything and partition could not both be timed."
     if plain["differs"]:
         text = (
             f"{problem}: partition is {times(plain['speedup'])} as fast as everything"
@@ -1943,8 +1953,10 @@ def answer_hoist(row: Row) -> str:
         return f"If batches repeat, {NO_DIFFERENCE} between hoist and partition."
     epoch = math.floor(row["break_even"]) + 1
     kept = quantity(row["kept_bytes"], "B")
-    gain = times(row["speedup"])
-    return f"If batches repeat, hoist is {gain} from epoch {epoch} on, for {kept} per batch."
+    return (
+        f"If batches repeat, hoist is {times(row['speedup'])} as fast from epoch {epoch} "
+        f"on, for {kept} per batch."
+    )
 
 
 def answer_devices(rows: Sequence[Row]) -> str:
@@ -2035,6 +2047,8 @@ def draw_prefix(axis: Any, rows: Sequence[Row]) -> None:
         )
     axis.set(xlabel="frozen layers, from the first", ylabel="ms per step", yscale="log")
     axis.set(xticks=frozen, title=rows[0]["problem"].partition(",")[0])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend()
 
 
@@ -2045,6 +2059,7 @@ def draw_methods(axis: Any, rows: Sequence[Row]) -> None:
     axis.barh(names, medians_ms, xerr=spreads_ms, capsize=3)
     axis.invert_yaxis()
     axis.set(xlabel="ms per step", xscale="log", title=rows[0]["problem"])
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":
