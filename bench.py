@@ -1605,6 +1605,11 @@ def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
             row |= time_figures(result, result.timing, results)
             row["limit_share"] = limit_share(result, result.timing, card)
         rows.append(row)
+
+    timed = [row for row in rows if row["step_s"] is not None]
+    if any(row["limit_share"] is None for row in timed):  # all rows of a table or none
+        for row in timed:
+            row["limit_share"] = None
     return rows
 
 
@@ -1726,7 +1731,7 @@ def label(row: Row) -> str:
     _, comma, frozen = row["problem"].partition(", ")
     if comma:
         words.append(frozen)
-    if row["clip"]:
+    if row["clip"] and "clip" not in row["method"]:
         words.append("clipped")
     if row["optimizer"] != "sgd":
         words.append(row["optimizer"].replace("adam", "Adam"))
@@ -1897,8 +1902,8 @@ def legend(options: Namespace) -> str:
     )
     if "devices" in options.tables:
         lines.append(
-            "Sent is what each device sends in a ring, by the compiled program. (XLA on "
-            "CPUs sums bfloat16 in float32, so it sends twice as much as on a TPU.)"
+            "Sent is what each device sends in a ring, by the compiled program. (XLA "
+            "for CPUs sums bfloat16 in float32, so it sends twice as much as for a TPU.)"
         )
     lines += options_without_effect(options)
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
