@@ -102,6 +102,7 @@ class Step:
     read: Callable[[Tree], Tree] = lambda state: state  # the parameters in a state
     features: Step | None = None  # computes what hoist keeps for one batch, its args[1]
     trainable_bytes: int | None = None  # on one device
+    written_bytes: int | None = None  # of those and of their moments
     remark: str | None = None
 
 
@@ -272,6 +273,9 @@ def build_step(problem: Problem, case: Case) -> Step:
 
     trains = "*" if case.method == "everything" else problem.where
     trainable, _ = mf.partition(trains, problem.params)
+    trainable_bytes = tree_bytes(trainable)
+    state_bytes = tree_bytes(jax.tree.map(with_sharding, shapes, shardings))
+    trained_share = trainable_bytes / tree_bytes(gradients.params)
     donated = () if case.method.endswith("not donated") else (0,)
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
@@ -280,7 +284,8 @@ def build_step(problem: Problem, case: Case) -> Step:
         update=update_name(case),
         read=read,
         features=features_step(gradients),
-        trainable_bytes=tree_bytes(trainable),
+        trainable_bytes=trainable_bytes,
+        written_bytes=round(trained_share * state_bytes),
         remark=gradients.remark,
     )
 
@@ -695,7 +700,7 @@ class Program:
     compile_s: float | None = None
     flops: int | None = None  # as XLA counts them, if it counts at least the products
     flops_min: int | None = None  # of the matrix products and convolutions alone
-    bytes_min: int | None = None  # arguments read once, results written once
+    bytes_min: int | None = None  # arguments read once, what trains written once
     memory_bytes: int | None = None  # all that is resident, and temporaries
     temp_bytes: int | None = None
     unused_bytes: int | None = None  # resident, but not read by the step
@@ -753,7 +758,7 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     resident += (kept_bytes or 0) * (batches - 1)
     return replace(
         program,
-        bytes_min=(arguments_bytes + results) // step.steps,
+        bytes_min=arguments_bytes // step.steps + (step.written_bytes or 0),
         memory_bytes=resident + temporary,
         temp_bytes=temporary,
     )
@@ -1057,6 +1062,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table
             init=lambda: jax.tree.map(jnp.copy, trainable),
             args=(frozen, xs[0], ys[0]),
             trainable_bytes=tree_bytes(trainable),
+            written_bytes=tree_bytes(trainable),
         )
         if case.method == "loop":
             return step
@@ -1894,7 +1900,7 @@ def legend(options: Namespace) -> str:
             "Times are median ± median absolute deviation. Speed-ups are against "
             f'everything in the same table, or "{NO_DIFFERENCE}" where these intervals '
             "overlap. Of limit: the share of the time that the products, or reading "
-            "the arguments and writing the results, take at the peak."
+            "all arguments and writing what trains, take at the peak."
         )
     lines.append(
         "Memory is that of one device: parameters, moments, batch, results, temporary "

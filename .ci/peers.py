@@ -46,7 +46,7 @@ def layer_widths(problem: bench.Problem) -> dict[str, tuple[int, int]]:
     return {f"linear_{i}": pair for i, pair in enumerate(pairwise(problem.sizes))}
 
 
-# --------------------------------------------------------------------------------- Haiku
+# ------------------------------------------------------------------------------ Haiku
 
 
 def haiku(problem: bench.Problem) -> bench.Step:
@@ -84,7 +84,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
     )
 
 
-# ------------------------------------------------------------------------------- Equinox
+# ---------------------------------------------------------------------------- Equinox
 
 
 def equinox_model(problem: bench.Problem) -> tuple[Any, Any]:
@@ -185,7 +185,7 @@ def equinox_split(problem: bench.Problem) -> bench.Step:
     )
 
 
-# ------------------------------------------------------------------------------ Flax NNX
+# --------------------------------------------------------------------------- Flax NNX
 
 
 def nnx_model(problem: bench.Problem) -> tuple[Any, Any]:
@@ -303,7 +303,7 @@ def nnx_split(problem: bench.Problem) -> bench.Step:
     )
 
 
-# --------------------------------------------------------------------------------- optax
+# ------------------------------------------------------------------------------ optax
 
 
 def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
@@ -336,7 +336,7 @@ def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
     )
 
 
-# ----------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------- the table
 
 FORMS: dict[str, Callable[[bench.Problem], bench.Step]] = {
     "haiku": haiku,
