@@ -1049,7 +1049,7 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Ta
 
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
     """A step of minifreeze's walk-through, in a loop and in a scan."""
-    steps = 10_000
+    steps = RUN_STEPS
     sizes, rows, where = MLPS["seed"]
     problem = mlp("seed", sizes, rows, where, options.dtype)
     trainable, frozen = mf.partition(where, problem.params)
@@ -1086,6 +1086,7 @@ def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Tab
     yield from peers["peers_table"](options, problems)
 
 
+RUN_STEPS = 10_000  # in the walk-through
 PEERS = Path(__file__).parent / ".ci" / "peers.py"
 TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Iterator[Table]]] = {
     "methods": methods_table,
@@ -1603,6 +1604,7 @@ def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
     rows = []
     for result in results:
         row = dict.fromkeys(KEYS) | asdict(result.case) | asdict(result.program)
+        row["samples"] = []
         row["peak_memory_bytes"] = result.peak_memory_bytes
         row["remark"] = result.remark
         if nothing_to_hoist(result, results):

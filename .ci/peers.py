@@ -88,7 +88,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
 
 
 def equinox_model(problem: bench.Problem) -> tuple[Any, Any]:
-    """Returns the problem's network, and the same with a bool for each leaf: trained?"""
+    """Returns the network, and the same with a bool for each leaf: is it trained?"""
     eqx = importlib.import_module("equinox")
     trained = mf.mask(problem.where, problem.params)
     layers: list[Any] = []
@@ -130,7 +130,7 @@ def equinox_loss(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax
 
 
 class EquinoxStep:
-    """``eqx.filter_jit`` with the state first: it donates all arguments but its first."""
+    """``eqx.filter_jit``, which spares its first argument, with the state first."""
 
     def __init__(self, step: Function) -> None:
         eqx = importlib.import_module("equinox")
@@ -307,7 +307,7 @@ def nnx_split(problem: bench.Problem) -> bench.Step:
 
 
 def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
-    """``selective_transform``, with the clipping inside it, outside it or not at all."""
+    """``selective_transform``, with clipping inside it, outside it or not at all."""
     optax = importlib.import_module("optax")
     trained = mf.mask(problem.where, problem.params)
     freeze_mask = jax.tree.map(lambda is_trained: not is_trained, trained)
@@ -385,7 +385,7 @@ def build_peer(form: Function, problem: bench.Problem, case: bench.Case) -> benc
     """Builds a step; raises ImportError if the library or the form cannot be had."""
     try:
         step: bench.Step = form(problem)
-        state, _ = bench.run_calls(step, step.init(), 1)
+        bench.run_calls(step, step.init(), 1)
     except (AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ImportError(f"does not go with this version: {reason}") from error
