@@ -1724,7 +1724,7 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns |= number_column("sent", "B", [row["sent_bytes"] for row in rows])
         columns["efficiency"] = [percent(row["efficiency"]) for row in rows]
     if not (on_devices and timed):  # for all of them a line is too short
-        columns["of limit"] = [percent(row["limit_share"]) for row in rows]
+        columns["limit"] = [percent(row["limit_share"]) for row in rows]
         columns |= number_column("", "FLOP", [row["flops"] for row in rows])
         per_s = [row["rows_per_s"] for row in rows]
         columns |= number_column(f"{rows[0]['unit']}/s", "", per_s)
@@ -1904,7 +1904,7 @@ def legend(options: Namespace) -> str:
         lines.append(
             "Times are median ± median absolute deviation. Speed-ups are against "
             f'everything in the same table, or "{NO_DIFFERENCE}" where these intervals '
-            "overlap. Of limit: the share of the time that the products, or reading "
+            "overlap. Limit: the share of the time that the products, or reading "
             "all arguments and writing what trains, take at the peak."
         )
     lines.append(
@@ -1914,7 +1914,7 @@ def legend(options: Namespace) -> str:
     if "devices" in options.tables:
         lines.append(
             "Sent is what each device sends in a ring, by the compiled program. (XLA "
-            "for CPUs sums bfloat16 in float32, so it sends twice as much as for a TPU.)"
+            "for CPUs sums bfloat16 in float32, so it sends twice as much as on TPUs.)"
         )
     lines += options_without_effect(options)
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
@@ -1970,8 +1970,8 @@ def answer_hoist(row: Row) -> str:
     epoch = math.floor(row["break_even"]) + 1
     kept = quantity(row["kept_bytes"], "B")
     return (
-        f"If batches repeat, hoist is {times(row['speedup'])} as fast from epoch {epoch} "
-        f"on, for {kept} per batch."
+        f"If batches repeat, hoist is {times(row['speedup'])} as fast from epoch "
+        f"{epoch} on, for {kept} per batch."
     )
 
 
@@ -1981,8 +1981,8 @@ def answer_devices(rows: Sequence[Row]) -> str:
     whole = quantity(find(rows, method="everything", **wanted)["sent_bytes"], "B")
     part = quantity(find(rows, method="partition", **wanted)["sent_bytes"], "B")
     return (
-        f"{last['problem']}: each of {last['devices']} devices ({last['layout']}) sends "
-        f"{part} per step with partition, and {whole} with everything."
+        f"{last['problem']}: each of {last['devices']} devices ({last['layout']}) "
+        f"sends {part} per step with partition, and {whole} with everything."
     )
 
 

@@ -1168,9 +1168,9 @@ def test_simulated_devices_are_as_many_as_asked_for(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- peers
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def peers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setitem(sys.modules, "bench", bench)
-    yield runpy.run_path(str(bench.PEERS))
+    return runpy.run_path(str(bench.PEERS))
 
 
 def test_peers_take_our_step_in_every_form(short: None, peers: dict[str, Any]) -> None:
