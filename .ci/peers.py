@@ -1,38 +1,34 @@
-"""The bench's step in other libraries: each in the forms that it recommends, named in the row.
+"""The step of bench.py in other libraries, each in the forms that it recommends.
 
-`bench.py --peers` loads this file, which adds its tables. Every form donates its state, and is
-shown to take the step that bench.py's own take before it is timed. A library that is not there, or
-was made for another jax, is named and left out. Where a form is slow, the fast one of the same
-library stands beside it.
+`bench.py --peers` loads this file and prints `peers_table`. Each form donates its
+state, and must take the same step as bench.py's own before it is timed. If a library
+is missing, or does not go with this version of JAX, its rows say so. Where the
+documented form of a library is slow, its fast form has a row of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise, repeat
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import bench
 import minifreeze as mf
 
-
-class Peer(NamedTuple):
-    """A step in one form."""
-
-    step: Callable[..., Any]  # (state, *args) -> (state, loss)
-    fresh: Callable[[], Any]  # a state of its own arrays
-    args: tuple[Any, ...]
-    read: Callable[[Any], Any]  # state -> the parameters, by the bench's names
-    jitted: Any = None  # what can be compiled and asked, where that is not the step
+Tree = Any
+Function = Callable[..., Any]
 
 
-def copied(tree: Any) -> Any:
+def copy_arrays(tree: Tree) -> Tree:
+    """Copies the arrays of a tree, because a step deletes those that it is given."""
     return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
 
 
@@ -41,215 +37,289 @@ def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return -jnp.sum(targets * jax.nn.log_softmax(logits)) / y.size
 
 
-# ---------------------------------------------------------------------------------- Haiku
+def descend(params: Tree, grads: Tree) -> Tree:
+    return jax.tree.map(lambda p, g: p - g * bench.SGD_RATE, params, grads)
 
 
-def haiku_parts(problem: Any, params: Any, rate: float) -> Any:
-    """(step, trainable, frozen, trainable -> our names), the step not jitted."""
+def layer_widths(problem: bench.Problem) -> dict[str, tuple[int, int]]:
+    """The inputs and outputs of each layer, from the first to the last."""
+    return {f"linear_{i}": pair for i, pair in enumerate(pairwise(problem.sizes))}
+
+
+# ------------------------------------------------------------------------------ Haiku
+
+
+def haiku(problem: bench.Problem) -> bench.Step:
     hk = importlib.import_module("haiku")
-    trains = mf.mask(problem.where, params)
     network = hk.without_apply_rng(
         hk.transform(lambda x: hk.nets.MLP(problem.sizes[1:])(x))
     )
+    trained = mf.mask(problem.where, problem.params)
 
-    def selected(module: str, name: str, value: Any) -> bool:
-        return bool(trains[module.rpartition("/")[2]][name])
+    def is_trained(module: str, name: str, value: Any) -> bool:
+        _, _, layer = module.rpartition("/")
+        return bool(trained[layer][name])
 
-    def loss_fn(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    named = {f"mlp/~/{layer}": leaves for layer, leaves in problem.params.items()}
+    trainable, frozen = hk.data_structures.partition(is_trained, named)
+
+    def loss_fn(trainable: Tree, frozen: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
         params = hk.data_structures.merge(trainable, frozen)
         return cross_entropy(network.apply(params, x), y)
 
-    def step(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> Any:
+    def step(trainable: Tree, frozen: Tree, x: jax.Array, y: jax.Array) -> Any:
         loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
-        return jax.tree.map(lambda p, g: p - g * rate, trainable, grads), loss
+        return descend(trainable, grads), loss
 
-    def read(trainable: Any) -> Any:
+    def read(trainable: Tree) -> Tree:
         return {
-            name.rpartition("/")[2]: dict(layer) for name, layer in trainable.items()
+            name.rpartition("/")[2]: dict(leaves) for name, leaves in trainable.items()
         }
 
-    named = {f"mlp/~/{name}": layer for name, layer in params.items()}
-    return step, *hk.data_structures.partition(selected, named), read
-
-
-def haiku(problem: Any, params: Any, batch: Any, rate: float, norm: float) -> Peer:
-    step, trainable, frozen, read = haiku_parts(problem, params, rate)
-    return Peer(
+    return bench.Step(
         jax.jit(step, donate_argnums=0),
-        partial(copied, trainable),
-        (frozen, *batch),
-        read,
+        init=partial(copy_arrays, trainable),
+        args=(frozen, *problem.batch),
+        read=read,
     )
 
 
-# -------------------------------------------------------------------------------- Equinox
+# ---------------------------------------------------------------------------- Equinox
 
 
-def equinox(
-    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
-) -> Peer:
+def equinox_model(problem: bench.Problem) -> tuple[Any, Any]:
+    """Returns the network, and the same with a bool for each leaf: is it trained?"""
     eqx = importlib.import_module("equinox")
-    trains = mf.mask(problem.where, params)
-    modules: list[Any] = []
-    for name, (n_in, n_out) in zip(sorted(params), pairwise(problem.sizes)):
+    trained = mf.mask(problem.where, problem.params)
+    layers: list[Any] = []
+    marks: list[bool] = []
+    for name, (n_in, n_out) in layer_widths(problem).items():
         linear = eqx.nn.Linear(n_in, n_out, key=jax.random.key(0))
-        held = params[name]["w"].T, params[name]["b"]
-        modules += [eqx.tree_at(leaves_of, linear, held), eqx.nn.Lambda(jax.nn.relu)]
-    model = eqx.nn.Sequential(modules[:-1])
-    linears = range(0, len(model.layers), 2)
-    filter_spec = eqx.tree_at(
-        lambda model: [leaf for i in linears for leaf in leaves_of(model[i])],
-        jax.tree.map(lambda _: False, model),
-        [trains[f"linear_{i // 2}"][name] for i in linears for name in ("w", "b")],
-    )
+        weights = (problem.params[name]["w"].T, problem.params[name]["b"])
+        layers.append(eqx.tree_at(weight_and_bias, linear, weights))
+        layers.append(eqx.nn.Lambda(jax.nn.relu))
+        marks += [trained[name]["w"], trained[name]["b"]]
+    model = eqx.nn.Sequential(layers[:-1])
 
-    def loss_fn(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(jax.vmap(eqx.combine(trainable, frozen))(x), y)
+    def all_leaves(model: Any) -> list[Any]:
+        found: list[Any] = []
+        for linear in model.layers[::2]:
+            found += weight_and_bias(linear)
+        return found
 
-    def read(model: Any) -> Any:
-        return {
-            f"linear_{i // 2}": {"w": model[i].weight.T, "b": model[i].bias}
-            for i in linears
-        }
-
-    def filtered(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        trainable, frozen = eqx.partition(model, filter_spec)
-        loss, grads = eqx.filter_value_and_grad(loss_fn)(trainable, frozen, x, y)
-        return eqx.apply_updates(model, jax.tree.map(lambda g: -g * rate, grads)), loss
-
-    if form == "filter_jit":
-        # What can be spared from donation is the first argument: the batch stands there.
-        jitted = eqx.filter_jit(
-            lambda rest, model: filtered(model, *rest), donate="all-except-first"
-        )
-
-        def step(model: Any, *rest: Any) -> Any:
-            return jitted(rest, model)
-
-        def lower(model: Any, *rest: Any) -> Any:
-            return jitted.lower(rest, model)
-
-        return Peer(
-            step, partial(copied, model), batch, read, SimpleNamespace(lower=lower)
-        )
-    trainable, rest = eqx.partition(model, filter_spec)
-    frozen, static = eqx.partition(rest, eqx.is_array)
-
-    def plain(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> Any:
-        def loss_of(trainable: Any) -> jax.Array:
-            return loss_fn(trainable, eqx.combine(frozen, static), x, y)
-
-        loss, grads = jax.value_and_grad(loss_of)(trainable)
-        return jax.tree.map(lambda p, g: p - g * rate, trainable, grads), loss
-
-    return Peer(
-        jax.jit(plain, donate_argnums=0),
-        partial(copied, trainable),
-        (frozen, *batch),
-        lambda trainable: read(eqx.combine(trainable, rest)),
-    )
+    nothing_trained = jax.tree.map(lambda leaf: False, model)
+    return model, eqx.tree_at(all_leaves, nothing_trained, marks)
 
 
-def leaves_of(linear: Any) -> Any:
+def weight_and_bias(linear: Any) -> tuple[Any, Any]:
     return linear.weight, linear.bias
 
 
-# ------------------------------------------------------------------------------- Flax NNX
+def equinox_params(model: Any) -> Tree:
+    """The parameters of a model by the names of the problem."""
+    params = {}
+    for i, linear in enumerate(model.layers[::2]):
+        params[f"linear_{i}"] = {"w": linear.weight.T, "b": linear.bias}
+    return params
 
 
-def nnx(
-    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
-) -> Peer:
+def equinox_loss(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    eqx = importlib.import_module("equinox")
+    model = eqx.combine(trainable, frozen)
+    return cross_entropy(jax.vmap(model)(x), y)
+
+
+class EquinoxStep:
+    """``eqx.filter_jit``, which spares its first argument, with the state first."""
+
+    def __init__(self, step: Function) -> None:
+        eqx = importlib.import_module("equinox")
+
+        def swapped(batch: tuple[Any, ...], model: Any) -> Any:
+            return step(model, *batch)
+
+        self.jitted = eqx.filter_jit(swapped, donate="all-except-first")
+
+    def __call__(self, model: Any, *batch: Any) -> Any:
+        return self.jitted(batch, model)
+
+    def lower(self, model: Any, *batch: Any) -> Any:
+        return self.jitted.lower(batch, model)
+
+
+def equinox_filter_jit(problem: bench.Problem) -> bench.Step:
+    eqx = importlib.import_module("equinox")
+    model, is_trained = equinox_model(problem)
+
+    def step(model: Any, x: jax.Array, y: jax.Array) -> Any:
+        trainable, frozen = eqx.partition(model, is_trained)
+        loss, grads = eqx.filter_value_and_grad(equinox_loss)(trainable, frozen, x, y)
+        updates = jax.tree.map(lambda g: -g * bench.SGD_RATE, grads)
+        return eqx.apply_updates(model, updates), loss
+
+    return bench.Step(
+        EquinoxStep(step),
+        init=partial(copy_arrays, model),
+        args=problem.batch,
+        read=equinox_params,
+    )
+
+
+def equinox_split(problem: bench.Problem) -> bench.Step:
+    eqx = importlib.import_module("equinox")
+    model, is_trained = equinox_model(problem)
+    trainable, rest = eqx.partition(model, is_trained)
+    frozen, static = eqx.partition(rest, eqx.is_array)
+
+    def step(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> Any:
+        everything_else = eqx.combine(frozen, static)
+        value_and_grad = jax.value_and_grad(equinox_loss)
+        loss, grads = value_and_grad(trainable, everything_else, x, y)
+        return descend(trainable, grads), loss
+
+    return bench.Step(
+        jax.jit(step, donate_argnums=0),
+        init=partial(copy_arrays, trainable),
+        args=(frozen, *problem.batch),
+        read=lambda trainable: equinox_params(eqx.combine(trainable, rest)),
+    )
+
+
+# --------------------------------------------------------------------------- Flax NNX
+
+
+def nnx_model(problem: bench.Problem) -> tuple[Any, Any]:
+    """Returns the problem's network, and a filter for its trained parameters."""
     nnx = importlib.import_module("flax.nnx")
-    trains = mf.mask(problem.where, params)
-    modules: list[Any] = []
-    for name, (n_in, n_out) in zip(sorted(params), pairwise(problem.sizes)):
+    trained = mf.mask(problem.where, problem.params)
+    layers: list[Any] = []
+    for name, (n_in, n_out) in layer_widths(problem).items():
         linear = nnx.Linear(n_in, n_out, rngs=nnx.Rngs(0))
-        linear.kernel = nnx.Param(params[name]["w"])
-        linear.bias = nnx.Param(params[name]["b"])
-        modules += [linear, nnx.relu]
-    model = nnx.Sequential(*modules[:-1])
+        linear.kernel = nnx.Param(problem.params[name]["w"])
+        linear.bias = nnx.Param(problem.params[name]["b"])
+        layers += [linear, nnx.relu]
 
-    def selected(path: tuple[Any, ...], value: Any) -> bool:  # ("layers", 2, "kernel")
-        return bool(
-            trains[f"linear_{path[1] // 2}"]["w" if path[2] == "kernel" else "b"]
-        )
+    def is_trained(path: tuple[Any, ...], value: Any) -> bool:
+        _, index, name = path[:3]  # ("layers", 2, "kernel")
+        return bool(trained[f"linear_{index // 2}"]["w" if name == "kernel" else "b"])
 
-    trainable = nnx.All(nnx.Param, selected)
+    return nnx.Sequential(*layers[:-1]), nnx.All(nnx.Param, is_trained)
 
-    def loss_fn(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(model(x), y)
+
+def nnx_params(model: Any) -> Tree:
+    """The parameters of a model by the names of the problem."""
+    params = {}
+    for i, linear in enumerate(list(model.layers)[::2]):
+        params[f"linear_{i}"] = {"w": linear.kernel[...], "b": linear.bias[...]}
+    return params
+
+
+def nnx_loss(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return cross_entropy(model(x), y)
+
+
+def nnx_graph_mode(problem: bench.Problem, cached: bool) -> bench.Step:
+    """The stateful form: the step changes the model that it is given."""
+    nnx = importlib.import_module("flax.nnx")
+    model, is_trained = nnx_model(problem)
 
     def update(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        argnums = nnx.DiffState(0, trainable)
-        loss, grads = nnx.value_and_grad(loss_fn, argnums=argnums)(model, x, y)
-        params = nnx.state(model, trainable)
-        nnx.update(model, jax.tree.map(lambda p, g: p - g * rate, params, grads))
+        argnums = nnx.DiffState(0, is_trained)
+        value_and_grad = nnx.value_and_grad(nnx_loss, argnums=argnums)
+        loss, grads = value_and_grad(model, x, y)
+        nnx.update(model, descend(nnx.state(model, is_trained), grads))
         return loss
 
-    def read(model: Any) -> Any:
-        kept = [m for m in model.layers if isinstance(m, nnx.Linear)]
-        return {
-            f"linear_{i}": {"w": m.kernel[...], "b": m.bias[...]}
-            for i, m in enumerate(kept)
-        }
-
-    graphdef, train, rest = nnx.split(model, trainable, ...)
-    if form == "split/merge in jax.jit":
-
-        def plain(train: Any, rest: Any, x: jax.Array, y: jax.Array) -> Any:
-            def loss_of(train: Any) -> jax.Array:
-                return loss_fn(nnx.merge(graphdef, train, rest), x, y)
-
-            loss, grads = jax.value_and_grad(loss_of)(train)
-            return jax.tree.map(lambda p, g: p - g * rate, train, grads), loss
-
-        return Peer(
-            jax.jit(plain, donate_argnums=0),
-            partial(copied, train),
-            (rest, *batch),
-            lambda train: read(nnx.merge(graphdef, train, rest)),
+    jit_modes = modes_of(nnx.jit, graph=True)
+    jitted = nnx.jit(update, donate_argnums=0, **jit_modes)
+    if cached:
+        cache_modes = modes_of(nnx.cached_partial, graph=True)
+        return nnx_step(
+            problem, model, nnx.cached_partial(jitted, model, **cache_modes)
         )
+    return nnx_step(problem, model, partial(jitted, model))
 
-    def modes(function: Any) -> dict[str, bool]:
-        """What cached_partial works in, where this version of Flax asks."""
-        return dict.fromkeys(
-            {"graph", "graph_updates"} & {*inspect.signature(function).parameters}, True
-        )
 
-    jitted = nnx.jit(update, donate_argnums=0, **modes(nnx.jit))
-    call = partial(jitted, model)
-    if form == "cached_partial":
-        call = nnx.cached_partial(jitted, model, **modes(nnx.cached_partial))
-    start = nnx.state(model)
+def nnx_tree_mode(problem: bench.Problem, cached: bool) -> bench.Step:
+    """The same with ``graph=False``, which Flax means to make its default."""
+    nnx = importlib.import_module("flax.nnx")
+    model, is_trained = nnx_model(problem)
+    modes = modes_of(nnx.jit, graph=False)
+    if not modes:
+        raise ImportError("this version of Flax has no tree mode")
 
-    def fresh() -> Any:
-        nnx.update(
-            model, copied(start)
-        )  # the model's own arrays are replaced at every step
+    def update(model: Any, x: jax.Array, y: jax.Array) -> Any:
+        # It computes all gradients, and the compiler drops those that are not used.
+        loss, grads = nnx.value_and_grad(nnx_loss, **modes)(model, x, y)
+        params, grads = nnx.state(model, is_trained), nnx.state(grads, is_trained)
+        nnx.update(model, descend(params, grads))
+        return loss
+
+    if cached:
+        fn = nnx.jit_partial(update, model, donate_argnums=0, graph=False)
+        return nnx_step(problem, model, fn)
+    jitted = nnx.jit(update, donate_argnums=0, **modes)
+    return nnx_step(problem, model, partial(jitted, model))
+
+
+def modes_of(transform: Function, graph: bool) -> dict[str, bool]:
+    """The options for graph or tree mode, in versions of Flax that have them."""
+    known = inspect.signature(transform).parameters
+    return {name: graph for name in ("graph", "graph_updates") if name in known}
+
+
+def nnx_step(problem: bench.Problem, model: Any, fn: Function) -> bench.Step:
+    """The step of a function of the batch that changes its model."""
+    nnx = importlib.import_module("flax.nnx")
+    start = copy_arrays(nnx.state(model))
+
+    def init() -> Any:
+        nnx.update(model, copy_arrays(start))
         return model
 
-    start = copied(start)
-    return Peer(lambda model, *rest: (model, call(*rest)), fresh, batch, read, jitted)
+    def step(model: Any, *batch: Any) -> Any:
+        return model, fn(*batch)
+
+    return bench.Step(step, init=init, args=problem.batch, read=nnx_params)
 
 
-# ---------------------------------------------------------------------------------- optax
+def nnx_split(problem: bench.Problem) -> bench.Step:
+    nnx = importlib.import_module("flax.nnx")
+    model, is_trained = nnx_model(problem)
+    graphdef, trainable, rest = nnx.split(model, is_trained, ...)
 
+    def loss_fn(trainable: Any, rest: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return nnx_loss(nnx.merge(graphdef, trainable, rest), x, y)
 
-def optax(
-    problem: Any, params: Any, batch: Any, rate: float, norm: float, form: str
-) -> Peer:
-    optax = importlib.import_module("optax")
-    frozen = jax.tree.map(lambda trains: not trains, mf.mask(problem.where, params))
-    sgd, clip = optax.sgd(rate), optax.clip_by_global_norm(norm)
-    inner = optax.chain(clip, sgd) if form == "inside" else sgd
-    # Until optax 0.2.6 it stands with the transforms alone.
-    selective = getattr(
-        optax, "selective_transform", optax.transforms.selective_transform
+    def step(trainable: Any, rest: Any, x: jax.Array, y: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(trainable, rest, x, y)
+        return descend(trainable, grads), loss
+
+    return bench.Step(
+        jax.jit(step, donate_argnums=0),
+        init=partial(copy_arrays, trainable),
+        args=(rest, *problem.batch),
+        read=lambda trainable: nnx_params(nnx.merge(graphdef, trainable, rest)),
     )
-    optimizer = selective(inner, freeze_mask=frozen)
-    if form == "outside":
-        optimizer = optax.chain(clip, optimizer)
+
+
+# ------------------------------------------------------------------------------ optax
+
+
+def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
+    """``selective_transform``, with clipping inside it, outside it or not at all."""
+    optax = importlib.import_module("optax")
+    trained = mf.mask(problem.where, problem.params)
+    freeze_mask = jax.tree.map(lambda is_trained: not is_trained, trained)
+    clipping = optax.clip_by_global_norm(bench.CLIP_NORM)
+    inner = optax.sgd(bench.SGD_RATE)
+    if clip == "inside":
+        inner = optax.chain(clipping, inner)
+    # Until optax 0.2.6 it is in optax.transforms alone.
+    selective_transform = optax.transforms.selective_transform
+    optimizer = selective_transform(inner, freeze_mask=freeze_mask)
+    if clip == "outside":
+        optimizer = optax.chain(clipping, optimizer)
 
     def step(state: Any, x: jax.Array, y: jax.Array) -> Any:
         params, moments = state
@@ -257,112 +327,71 @@ def optax(
         updates, moments = optimizer.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), loss
 
-    state = params, optimizer.init(params)
-    return Peer(
+    state = (problem.params, optimizer.init(problem.params))
+    return bench.Step(
         jax.jit(step, donate_argnums=0),
-        partial(copied, state),
-        batch,
-        lambda state: state[0],
+        init=partial(copy_arrays, state),
+        args=problem.batch,
+        read=lambda state: state[0],
     )
 
 
-# ----------------------------------------------------------------------------- the tables
+# -------------------------------------------------------------------------- the table
 
-FORMS: dict[str, Callable[..., Peer]] = {  # the row's name; clipped where it says so
+FORMS: dict[str, Callable[[bench.Problem], bench.Step]] = {
     "haiku": haiku,
-    "equinox, filter_jit": partial(equinox, form="filter_jit"),
-    "equinox, split, jax.jit": partial(equinox, form="split"),
-    "nnx, nnx.jit": partial(nnx, form="jit"),
-    "nnx, cached_partial": partial(nnx, form="cached_partial"),
-    "nnx, split, jax.jit": partial(nnx, form="split/merge in jax.jit"),
-    "optax": partial(optax, form="plain"),
-    "optax, clip inside": partial(optax, form="inside"),
-    "optax, clip outside": partial(optax, form="outside"),
+    "equinox, filter_jit": equinox_filter_jit,
+    "equinox, split, jax.jit": equinox_split,
+    "nnx, nnx.jit": partial(nnx_graph_mode, cached=False),
+    "nnx, nnx.jit, tree mode": partial(nnx_tree_mode, cached=False),
+    "nnx, cached_partial": partial(nnx_graph_mode, cached=True),
+    "nnx, jit_partial, tree mode": partial(nnx_tree_mode, cached=True),
+    "nnx, split, jax.jit": nnx_split,
+    "optax": partial(optax, clip=None),
 }
-GROUPS = {
-    "optax, clip inside": "sgd, clipped",
-    "optax, clip outside": "sgd, clipped over all",
+CLIPPED_FORMS: dict[str, Callable[[bench.Problem], bench.Step]] = {
+    "optax, clip inside": partial(optax, clip="inside"),
+    "optax, clip outside": partial(optax, clip="outside"),
 }
+CLIPS_ALL = ("everything", "optax, clip outside")  # by the norm of all gradients
 
 
-def add_tables(bench: Any) -> None:
-    """Adds the table of peers, and Haiku's rows to that of the walk-through, to the bench's own."""
-    ours = bench.run_table
-
-    def run_table(options: Any, problems: Any) -> Any:
-        for group in ours(options, problems):
-            _, _, batches, _ = group[0].make.args  # of prepare_run
-            yield [*group, *haiku_runs(bench, problems[0], batches)]
-
-    def peers_table(options: Any, problems: Any) -> Any:
-        """the same step in other libraries, in the forms that they recommend"""
-        for problem in problems if len(problems) == 1 else (problems[0], problems[-1]):
-            yield rows(bench, problem)
-
-    run_table.__doc__ = f"{ours.__doc__}; and Haiku's"
-    bench.TABLES |= {"run": run_table, "peers": peers_table}
-    bench.TABLES["devices"] = bench.TABLES.pop(
-        "devices"
-    )  # the last: it changes what there is
-    bench.UNUSED["peers"] = f"optimizer model {bench.DEVICES}"
-
-
-def rows(bench: Any, problem: Any) -> list[Any]:
-    """The rows of one problem, ours first; a form that is not to be had says why."""
-    params, batch = problem.params, problem.batch
-    ours = [
-        bench.Row(
-            "peers", problem.name, way, clip, make=partial(bench.prepare, problem)
-        )
-        for clip in (False, True)
-        for way in ("all", "partition")
-    ]
-
-    def make(peer: Peer, row: Any) -> None:
-        row.flops_min = bench.least_flops(problem, "partition")
-        jitted = peer.jitted or peer.step
-        if hasattr(jitted, "lower"):  # not nnx.jit before flax 0.11
-            bench.note_program(row, jitted, peer.fresh(), *peer.args)
-        row.trainable_bytes, row.bytes_min = ours[1].trainable_bytes, ours[1].bytes_min
-        row.run = partial(bench.take_steps, peer.step, partial(repeat, peer.args))
-        row.batch, row.group = problem.rows, GROUPS.get(row.method, "sgd")
-        row.fresh, row.read = peer.fresh, peer.read
-
-    theirs = []
-    for name, build in FORMS.items():
-        row = bench.Row("peers", problem.name, name, name in GROUPS)
-        try:
-            row.make = partial(
-                make, build(problem, params, batch, bench.SGD_RATE, bench.CLIP)
-            )
-        except (ImportError, AttributeError, TypeError) as error:
-            row.remark = f"left out: {error}"
-        theirs.append(row)
-    return ours + theirs
+def peers_table(
+    options: Namespace, problems: Sequence[bench.Problem]
+) -> Iterator[bench.Table]:
+    """The same SGD step in other libraries, beside our own."""
+    for problem in problems:
+        if not problem.sizes:
+            raise ValueError("the peers have only MLPs: leave out --model or --peers")
+        problem = bench.place(problem, jax.local_devices()[:1])
+        plain = bench.case_of("peers", problem, options)
+        plain = replace(plain, optimizer="sgd")
+        builds: dict[bench.Case, bench.Build] = {}
+        for clip in (False, True):
+            for method in ("everything", "partition"):
+                case = replace(plain, method=method, clip=clip)
+                builds[case] = partial(bench.build_step, problem)
+        for name, form in FORMS.items():
+            case = replace(plain, method=name)
+            builds[case] = partial(build_peer, form, problem)
+        for name, form in CLIPPED_FORMS.items():
+            case = replace(plain, method=name, clip=True)
+            builds[case] = partial(build_peer, form, problem)
+        title = f"{bench.describe(problem)}, in other libraries"
+        yield bench.Table(title, bench.measure(builds, options))
 
 
-def haiku_runs(bench: Any, problem: Any, batches: Any) -> list[Any]:
-    """Haiku's step in a loop and in a scan over the walk-through's batches."""
+def build_peer(form: Function, problem: bench.Problem, case: bench.Case) -> bench.Step:
+    """Builds a step; raises ImportError if the library or the form cannot be had."""
     try:
-        step, trainable, frozen, read = haiku_parts(
-            problem, problem.params, bench.SGD_RATE
-        )
-    except (ImportError, AttributeError):  # the table of peers says so
-        return []
-
-    def scan(trainable: Any, frozen: Any, *batches: Any) -> Any:
-        return jax.lax.scan(
-            lambda state, batch: step(state, frozen, *batch), trainable, batches
-        )
-
-    return [
-        bench.Row(
-            "run",
-            problem.name,
-            f"haiku {way}",
-            steps=bench.RUN_STEPS,
-            read=read,
-            make=partial(bench.prepare_run, trainable, frozen, batches, step),
-        )
-        for way, step in (("loop", step), ("scan", scan))
-    ]
+        step: bench.Step = form(problem)
+        bench.run_calls(step, step.init(), 1)
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ImportError(f"does not go with this version: {reason}") from error
+    trainable, _ = mf.partition(problem.where, problem.params)
+    update = bench.update_name(case)
+    if case.clip and case.method in CLIPS_ALL:
+        update = bench.update_name(replace(case, method="everything"))
+    trainable_bytes = bench.tree_bytes(trainable)
+    return replace(step, update=update, trainable_bytes=trainable_bytes)

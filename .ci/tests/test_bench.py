@@ -1,0 +1,1199 @@
+"""Tests of bench.py and .ci/peers.py: figures by hand, promises and past faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bench
+import minifreeze as mf
+
+TOP = Path(bench.__file__).parent
+CARD = {"peak_flops": 200.0, "peak_bytes_per_s": 30.0}
+SHORT = {  # figures without meaning, in no time
+    "SAMPLE_S": 1e-9,
+    "MAX_CALLS": 1,
+    "PEAK_VECTOR_BYTES": 2**12,
+    "RUN_STEPS": 10,
+}
+SMALL = ["--sizes", "8", "16", "4", "--batch", "8", "--rounds", "1"]
+
+
+# ----------------------------------------------------------------------- helpers
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly() -> Iterator[None]:
+    """Optimising takes longer than all else, and no test depends on it."""
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before = jax.config.values[name.lower()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "1")  # for the processes that are started
+        jax.config.update(name.lower(), True)  # type: ignore[no-untyped-call]  # of JAX
+        yield
+    jax.config.update(name.lower(), before)  # type: ignore[no-untyped-call]  # of JAX
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes runs of bench.main short, and lets them end without ending the tests."""
+    monkeypatch.setattr("os._exit", sys.exit)
+    for name, value in SHORT.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+class Ended:
+    """How a run of bench.main in this process has ended."""
+
+    def __init__(self, capsys: Any, *options: object) -> None:
+        with pytest.raises(SystemExit) as ended:
+            bench.main([str(option) for option in options])
+        self.code = ended.value.code
+        self.out, self.error = capsys.readouterr()
+
+
+def rows_in(file: Path, **wanted: Any) -> list[bench.Row]:
+    found = []
+    for row in json.loads(file.read_text())["rows"]:
+        if all(row[key] == value for key, value in wanted.items()):
+            found.append(row)
+    return found
+
+
+def case(method: str = "everything", **changes: Any) -> bench.Case:
+    return bench.Case("methods", "deep", method, rows=8, **changes)
+
+
+def result(
+    method: str, *samples: float, once: float | None = None, **program: Any
+) -> bench.Result:
+    return bench.Result(
+        case(method),
+        bench.Program(**program),
+        timing=bench.Timing(samples) if samples else None,
+        once=None if once is None else bench.Timing((once,)),
+    )
+
+
+def row_of(method: str, *results: bench.Result) -> bench.Row:
+    """The row of one method among results that were timed together."""
+    return bench.find(bench.rows_of(results, CARD), method=method)
+
+
+def options_of(*typed: str) -> Any:
+    return bench.parse(list(typed))
+
+
+# ---------------------------------------------------------------------- the clock
+class FakeClock:
+    """A clock that moves only when a step is taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.log: list[tuple[str, Any]] = []  # the steps, with the state each was given
+        fake_time = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(bench, "time", fake_time)
+
+    def step(self, name: str, seconds: float) -> bench.Step:
+        def fn(state: Any) -> Any:
+            self.log.append((name, state))
+            self.now += seconds
+            return "used", None
+
+        return bench.Step(fn, init=lambda: "new")
+
+
+def test_median_and_spread_of_a_timing() -> None:
+    timing = bench.Timing((1.5, 3.25, 4.75, 6.0, 10.0))
+    # Distances from the median: 3.25, 1.5, 0, 1.25, 5.25.
+    assert (timing.median, timing.spread) == (4.75, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("other", "overlaps"), [(4.0, True), (5.5, True), (6.0, False)]
+)
+def test_timings_overlap_if_their_intervals_do(other: float, overlaps: bool) -> None:
+    timing = bench.Timing((2.0, 3.0, 4.0))  # 3 ± 1
+    around = bench.Timing((other - 1.5, other, other + 1.5))
+    assert timing.overlaps(around) == (abs(other - 3) <= 2.5)
+    assert timing.overlaps(around) == overlaps
+
+
+def test_calibration_ends_at_the_first_number_of_calls_that_lasts_long_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = FakeClock(monkeypatch)
+    monkeypatch.setattr(bench, "SAMPLE_S", 0.05)
+    assert bench.calibrate(clock.step("a", 0.001)) == 64  # 32 last 0.032 s
+    assert bench.calibrate(clock.step("b", 0.06)) == 1
+    monkeypatch.setattr(bench, "MAX_CALLS", 16)
+    assert bench.calibrate(clock.step("c", 1e-9)) == 16
+
+
+def test_each_round_times_each_case_once_after_an_untimed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = FakeClock(monkeypatch)
+    monkeypatch.setattr(bench, "SAMPLE_S", 0.5)
+    steps = {case(name): clock.step(name, 0.25) for name in "abc"}
+    monkeypatch.setattr(bench, "calibrate", lambda step: 2)
+    timings = bench.time_rounds(steps, rounds=4)
+    assert all(timing.samples == (0.25,) * 4 for timing in timings.values())
+
+    orders = []
+    for start in range(0, len(clock.log), 9):
+        one_round = clock.log[start : start + 9]
+        names = [name for name, _ in one_round]
+        assert [state for _, state in one_round] == ["new", "used", "used"] * 3
+        assert names[0::3] == names[1::3] == names[2::3]  # one case after the other
+        orders.append("".join(names[0::3]))
+    assert len(orders) == 4
+    assert {"".join(sorted(order)) for order in orders} == {"abc"}
+    assert len(set(orders)) > 1  # shuffled
+
+
+def test_a_call_of_many_steps_counts_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    step = replace(clock.step("scan", 0.5), steps=10)
+    assert bench.sample(step, calls=2) == 0.05
+
+
+# ------------------------------------------------------------- the compiler's figures
+def products_by_hand(
+    sizes: tuple[int, ...],
+    batch: int,
+    forward: list[int],
+    weights: list[int],
+    inputs: list[int],
+) -> int:
+    """2 x batch x in x out for each layer named, once for each list that it is in."""
+    layers = [*forward, *weights, *inputs]
+    return sum(2 * batch * sizes[i] * sizes[i + 1] for i in layers)
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "forward", "weights", "inputs"),
+    [
+        ("linear_2", "everything", [0, 1, 2], [0, 1, 2], [1, 2]),
+        ("linear_2", "zeroed gradients", [0, 1, 2], [0, 1, 2], [1, 2]),
+        ("linear_2", "partition", [0, 1, 2], [2], []),
+        ("linear_2", "hoist", [2], [2], []),
+        (["linear_0", "linear_2"], "hoist", [0, 1, 2], [0, 2], [1, 2]),
+        ("linear_1", "partition", [0, 1, 2], [1], [2]),
+        ("*/b", "stop_gradient", [0, 1, 2], [], [1, 2]),
+        ("linear_2/b", "hoist", [], [], []),
+    ],
+)
+def test_products_of_a_step(
+    where: Any, method: str, forward: Any, weights: Any, inputs: Any
+) -> None:
+    sizes, batch = (3, 5, 7, 2), 11
+    problem = bench.mlp("mlp", sizes, batch, where)
+    problem = bench.place(problem, jax.devices()[:1])
+    step = bench.build_step(problem, case(method))
+    program = bench.compile_step(step)
+    wanted = products_by_hand(sizes, batch, forward, weights, inputs)
+    assert program.flops_min == wanted
+
+
+def products(fn: Callable[..., Any], *args: Any) -> int:
+    jaxpr, _ = bench.without_dead_code(jax.make_jaxpr(fn)(*args))
+    return bench.product_flops(jaxpr)
+
+
+def test_products_in_a_scan_count_for_each_of_its_steps() -> None:
+    w = jnp.ones((4, 4))
+
+    def fn(x: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+    assert products(fn, jnp.ones((3, 4))) == 5 * 2 * 3 * 4 * 4
+
+
+def test_products_without_a_use_do_not_count() -> None:
+    def fn(a: Any, b: Any) -> Any:
+        _unused = a @ b
+        return a + 1
+
+    jaxpr, used = bench.without_dead_code(jax.make_jaxpr(fn)(*[jnp.ones((2, 2))] * 2))
+    assert (bench.product_flops(jaxpr), used) == (0, [True, False])
+
+
+def test_of_the_branches_of_a_cond_the_largest_counts() -> None:
+    def fn(flag: Any, x: Any) -> Any:
+        return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert products(fn, True, jnp.ones((3, 3))) == 2 * 2 * 27
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "pairs"),
+    [
+        ("VALID", 1, 3 * 3),  # 3 outputs with 3 taps each
+        ("SAME", 1, 5 * 3 - 2),  # the first and the last output have 2 taps
+        ("SAME", 2, 3 * 3 - 2),
+    ],
+)
+def test_products_of_a_convolution(padding: str, stride: int, pairs: int) -> None:
+    image, kernel = jnp.ones((2, 4, 5)), jnp.ones((6, 4, 3))  # (N, C, L), (O, I, L)
+
+    def fn(image: Any, kernel: Any) -> Any:
+        return jax.lax.conv_general_dilated(image, kernel, (stride,), padding)
+
+    assert products(fn, image, kernel) == 2 * 2 * 6 * 4 * pairs
+
+
+TPU_TUPLE = (
+    "%a = (f32[2,128]{1,0:T(8,128)}, f32[64]{0:T(1024)S(1)}, f32[]{:T(128)}) "
+    "all-reduce(%a, %b, %c), channel_id=1, replica_groups={}"
+)
+
+
+@pytest.mark.parametrize(
+    ("hlo", "result_bytes", "sent_by_4"),
+    [
+        ("%a = f32[2,3]{1,0} all-reduce(f32[2,3]{1,0} %b), channel_id=1", 24, 36),
+        ("ROOT %a = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%b, %c)", 52, 78),
+        ("%a = (f32[4]{0:T(128)}, s16[4]{0}) all-to-all(%b, %c)", 24, 18),
+        ("%a = pred[80]{0} collective-permute(%b)", 80, 80),
+        ("%a = f64[5]{0} reduce-scatter(%b), to_apply=%add", 40, 120),
+        ("%a = f32[8]{0} all-gather(%b), metadata={op_name=\"f = g(x)\"}", 32, 24),
+        ("%s = (f32[1], f32[8]) all-gather-start(%b)\n%d = f32[8] all-gather-done(%s)",
+         32, 24),
+        ("%a = f32[8] all-gather(%b), channel_id=6\n" * 4, 32, 24),  # pieces of one
+        ("%a = f32[8] all-gather(%b), channel_id=6\n"
+         "%c = f32[8] all-gather(%d), channel_id=7\n", 64, 48),
+        ("%all-reduce.1 = f32[8]{0} add(%b, %c)", 0, 0),
+        ("%a = f32[8]{0} fusion(%all-reduce.3), calls=%all-reduce", 0, 0),
+        (TPU_TUPLE, 4 * (256 + 64 + 1), 6 * (256 + 64 + 1)),
+    ],
+)  # fmt: skip
+def test_collectives_of_a_program(hlo: str, result_bytes: int, sent_by_4: int) -> None:
+    assert bench.collective_bytes(hlo, devices=4) == (result_bytes, sent_by_4)
+
+
+class FakeJitted:
+    """A step whose compiler says what a test wants it to say."""
+
+    def __init__(self, flops: float | None) -> None:
+        sizes = {"argument": 100, "output": 57, "alias": 23, "temp": 6}
+        self.memory = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
+        self.flops = flops
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError("only compiled")
+
+    def lower(self, *args: Any) -> Any:
+        return self
+
+    def compile(self) -> Any:
+        return self
+
+    def trace(self, *args: Any) -> Any:  # 41 is not even: 40 FLOPs of one product
+        def fn(a: Any, unused: Any) -> Any:
+            return a @ jnp.ones((5, 1))
+
+        return SimpleNamespace(jaxpr=jax.make_jaxpr(fn)(jnp.ones((4, 5)), jnp.ones(3)))
+
+    def as_text(self) -> str:
+        return "%a = f32[10]{0} all-reduce(%b)"
+
+    def cost_analysis(self) -> Any:
+        return None if self.flops is None else {"flops": self.flops}
+
+    def memory_analysis(self) -> Any:
+        return SimpleNamespace(**self.memory)
+
+
+@pytest.mark.parametrize(
+    ("counted", "trusted"), [(39.0, None), (40.0, 40), (43.0, 43), (None, None)]
+)
+def test_flops_of_xla_count_only_if_they_are_those_of_the_products_at_least(
+    counted: float | None, trusted: int | None
+) -> None:
+    step = bench.Step(FakeJitted(counted), init=lambda: jnp.ones((4, 5)), args=(1.0,))
+    program = bench.compile_step(step)
+    assert (program.flops, program.flops_min) == (trusted, 40)
+
+
+def test_memory_has_all_that_is_resident() -> None:
+    fn, unused = FakeJitted(40.0), jnp.ones(3)
+    step = bench.Step(
+        fn, init=lambda: jnp.ones((4, 5)), args=(unused,), written_bytes=7
+    )
+    program = bench.compile_step(step)
+    # Arguments, those that the step does not read, new results, temporaries.
+    assert program.memory_bytes == 100 + 12 + (57 - 23) + 6
+    assert (program.unused_bytes, program.temp_bytes) == (12, 6)
+    assert program.bytes_min == 100 + 7
+
+    features = bench.Step(lambda: None, init=lambda: None)
+    hoisted = bench.compile_step(replace(step, args=(0, unused), features=features))
+    three = bench.compile_step(replace(step, args=(0, unused), features=features), 1, 3)
+    assert hoisted.kept_bytes == 12
+    assert program.memory_bytes is not None
+    assert hoisted.memory_bytes is not None
+    assert three.memory_bytes == hoisted.memory_bytes + 2 * 12
+
+
+def test_memory_of_hoist_includes_the_weights_that_its_step_does_not_read() -> None:
+    problem = bench.mlp("mlp", (8, 16, 4), 2, ["linear_1"])
+    problem = bench.place(problem, jax.devices()[:1])
+    program = bench.compile_step(bench.build_step(problem, case("hoist")))
+    assert program.unused_bytes is not None
+    assert program.unused_bytes >= 4 * 8 * 16  # of linear_0/w
+    assert program.memory_bytes is not None
+    assert program.memory_bytes >= 4 * (8 * 16 + 16 + 16 * 4 + 4)
+
+
+# ---------------------------------------------------------- results beside each other
+def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
+    everything = result("everything", 3.0, 4.0, 5.0)
+    part = result("partition", 0.5, 2.0, 2.0)
+    rows = bench.rows_of([everything, part], CARD)
+    assert [row["speedup"] for row in rows] == [1, 4 / 2]
+    assert [bench.speedup_text(row) for row in rows] == ["1.0x", "2.0x"]
+    assert rows[1]["rows_per_s"] == 8 / 2
+    assert rows[1]["samples"] == [0.5, 2.0, 2.0]
+
+
+def test_overlapping_intervals_are_no_difference() -> None:
+    everything = result("everything", 3.0, 4.0, 5.0)
+    row = row_of("partition", everything, result("partition", 2.0, 3.0, 4.0))
+    assert (row["speedup"], row["differs"]) == (4 / 3, False)
+    assert bench.speedup_text(row) == "no difference seen"
+
+
+@pytest.mark.parametrize(
+    ("hoisted", "epochs"),
+    [(2.25, 12.25 / (2.75 - 2.25)), (2.75, None), (3.0, None)],
+)
+def test_break_even(hoisted: float, epochs: float | None) -> None:
+    part = result("partition", 2.75, 2.75, 2.75, flops_min=10, flops=10)
+    hoist = result("hoist", *[hoisted] * 3, once=12.25, flops_min=4, flops=4)
+    row = row_of("hoist", part, hoist)
+    assert (row["once_s"], row["break_even"]) == (12.25, epochs)
+
+
+def test_break_even_is_not_given_inside_the_noise() -> None:
+    part = result("partition", 1.0, 3.0, 5.0, flops_min=10, flops=10)
+    hoist = result("hoist", 1.5, 2.5, 3.5, once=1.0, flops_min=4, flops=4)
+    assert row_of("hoist", part, hoist)["break_even"] is None
+
+
+def test_cost_per_step_with_the_features_over_epochs() -> None:
+    hoist = result("hoist", 1e-3, 1e-3, 1e-3, once=6e-3, kept_bytes=500)
+    text = " ".join(" ".join(bench.notes(row_of("hoist", hoist))).split())
+    assert "7.00 ms, 3.00 ms, 1.60 ms per step over 1, 3, 10 epochs" in text
+    assert "keeps 500 B per batch" in text
+
+
+@pytest.mark.parametrize(
+    ("products", "flops", "useless"), [(10, 10, True), (9, 10, False), (10, 8, False)]
+)
+def test_nothing_to_hoist_if_no_flops_are_removed(
+    products: int, flops: int, useless: bool
+) -> None:
+    part = result("partition", 3.0, 3.0, 3.0, flops_min=10, flops=10)
+    hoist = result("hoist", 2.0, 2.0, 2.0, once=1.0, flops_min=products, flops=flops)
+    row = row_of("hoist", part, hoist)
+    assert (row["remark"] == "nothing to hoist") == useless
+    assert (row["break_even"] is None) == useless
+
+
+def test_the_warning_of_hoist_becomes_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mf.hoist
+
+    def warned(*args: Any) -> Any:
+        warnings.warn("hoist: only reductions", UserWarning, stacklevel=2)
+        return real(*args)
+
+    monkeypatch.setattr(mf, "hoist", warned)
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+    assert bench.hoist(problem).remark == "nothing to hoist"
+
+
+def test_limit_is_that_of_the_longer_of_products_and_bytes() -> None:
+    row = row_of("partition", result("partition", 4.0, flops_min=400, bytes_min=90))
+    assert row["limit_share"] == (90 / 30) / 4  # the products take 400 / 200
+    row = row_of("partition", result("partition", 4.0, flops_min=400, bytes_min=30))
+    assert row["limit_share"] == (400 / 200) / 4
+
+
+def test_limit_is_given_for_all_rows_of_a_table_or_for_none() -> None:
+    ours = result("partition", 4.0, flops_min=400, bytes_min=90)
+    rows = bench.rows_of([ours, result("another library", 4.0)], CARD)
+    assert [row["limit_share"] for row in rows] == [None, None]
+
+
+def test_efficiency_is_the_pace_of_one_device_that_each_keeps() -> None:
+    def on(devices: int, seconds: float, layout: str = "replicated") -> bench.Result:
+        there = case(devices=devices, layout=layout)
+        there = replace(there, rows=8 * devices)
+        return bench.Result(there, bench.Program(), bench.Timing((seconds,)))
+
+    rows = bench.rows_of([on(1, 3.0), on(4, 4.0), on(4, 6.0, "sharded")], CARD)
+    assert [row["efficiency"] for row in rows] == [None, 3 / 4, None]
+    assert rows[1]["rows_per_s"] == 4 * 8 / 4
+
+
+# --------------------------------------------------------------------------- output
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0012345, "s", "1.23 ms"),
+        (999.9, "B", "1.00 kB"),
+        (45_600_000, "B", "45.6 MB"),
+        (3.2e-7, "s", "320 ns"),
+        (0, "B", "0.00 B"),
+        (None, "s", ""),
+    ],
+)
+def test_quantities_have_three_digits_and_a_prefix(
+    value: float | None, unit: str, text: str
+) -> None:
+    assert bench.quantity(value, unit) == text
+
+
+def test_a_table_has_its_units_in_the_titles_and_no_empty_columns() -> None:
+    results = [
+        result("everything", 24.4e-3, 24.0e-3, 24.7e-3, memory_bytes=80_000_000),
+        result("hoist", 0.31e-3, 0.30e-3, 0.33e-3, memory_bytes=500_000, once=1e-3),
+    ]
+    rows = bench.rows_of(results, CARD)
+    lines = bench.table_text("deep", rows).splitlines()
+    assert lines[1] == "deep"
+    assert lines[2].split("  ")[0] == "method"
+    assert "ms per step" in lines[2]
+    assert "memory MB" in lines[2]
+    assert "FLOP" not in lines[2]
+    assert "24.4 ± 0.3" in lines[3]
+    assert "80.0" in lines[3]
+    assert "0.310 ± 0.010" in lines[4]
+
+
+def test_answer_names_the_gain_and_what_it_costs() -> None:
+    adam = replace(case(), optimizer="adam")
+    adam_part = replace(case("partition"), optimizer="adam")
+    results = [
+        result("everything", 27.0, 27.0, 27.0),
+        result("partition", 10.0, 10.0, 10.0, flops_min=10, flops=10),
+        result("hoist", 0.3, 0.3, 0.3, once=12.0, kept_bytes=500_000, flops_min=1),
+        bench.Result(adam, bench.Program(memory_bytes=213_000_000)),
+        bench.Result(adam_part, bench.Program(memory_bytes=60_000_000)),
+    ]
+    text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
+    assert text == (
+        "deep: partition is 2.7x as fast as everything, and Adam needs 153 MB less. If "
+        "batches repeat, hoist is 90.0x as fast from epoch 2 on, for 500 kB per batch."
+    )
+
+
+def test_answer_gives_no_verdict_inside_the_noise() -> None:
+    results = [
+        result("everything", 3.0, 4.0, 5.0),
+        result("partition", 2.0, 3.0, 4.0, flops_min=10, flops=10),
+        result("hoist", 2.0, 3.0, 4.0, once=1.0, flops_min=10, flops=10),
+    ]
+    text = bench.answer([bench.rows_of(results, CARD)])
+    assert "no difference seen between partition and everything" in text
+    assert "There is nothing to hoist." in text
+
+
+# ---------------------------------------------------------------- the same step
+def moving(
+    changes: Mapping[str, Any], loss: float = 0.0, update: str = ""
+) -> bench.Step:
+    """A step whose parameters, three zeros each, change so."""
+    change = {name: jnp.array(values, jnp.float32) for name, values in changes.items()}
+    zeros = jax.tree.map(jnp.zeros_like, change)
+    return bench.Step(lambda state: (change, loss), init=lambda: zeros, update=update)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (moving({"w": [1, 1, 0.995]}), None),
+        (moving({"w": [1, 1, 0.9]}), "'w' differs by 0.1, 0.01 is allowed"),
+        (moving({"w": [1, 1, 0.9]}, update="clipped"), None),
+        (moving({"w": [1, 1, 1], "frozen": [0, 1e-3, 0]}), "'frozen' differs by 0.001"),
+        (moving({"w": [1, 1, np.nan]}), "'w' has a gradient that is not finite"),
+        (moving({"w": [1, 1, 1]}, loss=np.nan), "the loss is nan"),
+    ],
+)
+def test_methods_must_take_the_same_step(step: bench.Step, words: str | None) -> None:
+    cases = {
+        case("everything"): moving({"w": [1, 1, 1]}),
+        case("zeroed gradients"): step,
+    }
+    context: Any = contextlib.nullcontext()
+    if words is not None:
+        words = rf"deep, zeroed gradients: {words}"
+        context = pytest.raises(FloatingPointError, match=words)
+    with context:
+        bench.check_same_step(cases)
+
+
+def test_a_method_that_trains_too_much_is_found() -> None:
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 4, "linear_1"), jax.devices()[:1])
+    other = replace(problem, where="linear_0")
+    steps = {
+        case("partition"): bench.build_step(problem, case("partition")),
+        case("stop_gradient"): bench.build_step(other, case("stop_gradient")),
+    }
+    with pytest.raises(FloatingPointError, match="linear_0"):
+        bench.check_same_step(steps)
+
+
+def test_adam_is_that_of_kingma_and_ba() -> None:
+    params = {"w": jnp.array([1.0, -2.0])}
+    moments = bench.adam_moments(params)
+    grads = [[0.5, -1.0], [0.25, 3.0], [-1.0, 0.125]]
+    wanted, mean, square = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for t, grad in enumerate(grads, start=1):
+        params, moments = bench.adam(params, {"w": jnp.array(grad)}, moments)
+        mean = 0.9 * mean + 0.1 * np.array(grad)
+        square = 0.999 * square + 0.001 * np.array(grad) ** 2
+        corrected = np.sqrt(square / (1 - 0.999**t))
+        wanted -= bench.ADAM_RATE * mean / (1 - 0.9**t) / (corrected + 1e-8)
+    np.testing.assert_allclose(params["w"], wanted, rtol=1e-5)
+
+
+def test_clipping_scales_all_gradients_by_one_factor() -> None:
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped = bench.clip_by_global_norm(grads)  # their norm is 5
+    np.testing.assert_allclose(clipped["a"], 3 / 5 * bench.CLIP_NORM, rtol=1e-6)
+    small = jax.tree.map(lambda g: g / 1000, grads)
+    np.testing.assert_array_equal(bench.clip_by_global_norm(small)["b"], small["b"])
+
+
+def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+
+    def build(case: bench.Case) -> bench.Step:
+        step = bench.build_step(problem, case)
+        if case.method == "everything":
+            raise ValueError("RESOURCE_EXHAUSTED: 1 PB")
+        if case.method == "hoist":
+            return replace(step, fn=lambda state, *args: np.empty(2**50))
+        return step
+
+    builds: dict[bench.Case, bench.Build] = {}
+    for method in ("everything", "partition", "hoist"):
+        builds[case(method)] = build
+    results = bench.measure(builds, options_of("--rounds", "1"))
+    said = [(r.remark, r.timing is not None) for r in results]
+    assert said == [("out of memory", False), (None, True), ("out of memory", False)]
+
+
+def test_other_errors_are_not_hidden(short: None) -> None:
+    def build(case: bench.Case) -> bench.Step:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        bench.measure({case(): build}, options_of("--rounds", "1"))
+
+
+# ------------------------------------------------------------------- a whole run
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """A run of all tables, as it is typed: JSON file, plot, and printed lines."""
+    folder = tmp_path_factory.mktemp("run")
+    file, plot = folder / "run.json", folder / "run.png"
+    short = """if True:
+        import sys, bench
+        bench.SAMPLE_S, bench.PEAK_VECTOR_BYTES, bench.RUN_STEPS = 1e-9, 2**12, 10
+        bench.MAX_CALLS = 1
+        bench.main(sys.argv[1:])
+    """
+    tables = ["--tables", "methods", "prefix", "run", "devices"]
+    files = ["--json", str(file), "--plot", str(plot)]
+    command = [sys.executable, "-c", short, *SMALL, *tables, *files]
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    return file, plot, done.stdout.splitlines()
+
+
+def test_run_has_a_row_for_every_case(whole_run: Any) -> None:
+    file, _, _ = whole_run
+    five = ["everything", "partition", "hoist", "stop_gradient", "zeroed gradients"]
+    plain = rows_in(file, table="methods", clip=False, optimizer="sgd")
+    assert [row["method"] for row in plain] == [*five, "stop_gradient, not donated"]
+    clipped = rows_in(file, table="methods", clip=True)
+    assert [row["method"] for row in clipped] == five
+    adam = rows_in(file, table="methods", optimizer="adam")
+    assert [row["method"] for row in adam] == five[:3]
+
+    prefix = [(row["problem"], row["method"]) for row in rows_in(file, table="prefix")]
+    assert prefix == [
+        ("mlp, 0 frozen", "everything"),
+        ("mlp, 1 frozen", "partition"),
+        ("mlp, 1 frozen", "hoist"),
+    ]
+    assert [row["method"] for row in rows_in(file, table="run")] == ["loop", "scan"]
+    devices = rows_in(file, table="devices")
+    assert [row["method"] for row in devices] == ["everything", "partition"]
+    assert all(row["simulated"] and row["devices"] == 8 for row in devices)
+
+
+def test_run_has_all_keys_and_says_what_it_ran_on(whole_run: Any) -> None:
+    results = json.loads(whole_run[0].read_text())
+    promised = """table problem method clip optimizer devices simulated layout step_s
+        spread_s compile_s flops flops_min trainable_bytes collective_bytes sent_bytes
+        memory_bytes temp_bytes rows_per_s efficiency once_s kept_bytes break_even
+        remark platform samples peak_memory_bytes speedup limit_share"""
+    for row in results["rows"]:
+        assert set(promised.split()) <= set(row)
+    assert (results["complete"], results["ended"]) == (True, "complete")
+    card = results["card"]
+    assert card["jax"] == jax.__version__
+    assert card["peak_flops"] > 0
+    assert {"commit", "clean", "date", "cpu", "device_kind"} <= set(card)
+
+
+def test_run_times_all_rows_that_are_not_simulated(whole_run: Any) -> None:
+    for row in rows_in(whole_run[0], simulated=False):
+        assert row["step_s"] > 0
+        assert len(row["samples"]) == 1
+        assert row["rows_per_s"] == row["rows"] / row["step_s"]
+    for row in rows_in(whole_run[0], simulated=True):
+        assert row["step_s"] is None
+        assert row["samples"] == []
+
+
+def test_run_prints_narrow_tables_and_ends_with_the_answer(whole_run: Any) -> None:
+    _, _, lines = whole_run
+    assert max(len(line) for line in lines) <= 100
+    assert any(line.startswith("mlp: partition is") for line in lines[-5:])
+    assert "sends" in " ".join(lines[-3:])
+
+
+def test_run_draws_a_picture(whole_run: Any) -> None:
+    assert whole_run[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_parallel_steps_send_what_trains_and_the_loss(whole_run: Any) -> None:
+    everything, part = rows_in(whole_run[0], table="devices")
+    trained, frozen = 16 * 4 + 4, 8 * 16 + 16
+    assert part["trainable_bytes"] == 4 * trained
+    assert part["collective_bytes"] == 4 * (trained + 1)
+    assert part["sent_bytes"] == 4 * (trained + 1) * 2 * 7 // 8
+    assert everything["collective_bytes"] == 4 * (trained + frozen + 1)
+
+
+def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
+    rows = rows_in(whole_run[0], simulated=True)
+    assert {row["layout"] for row in rows} == {"replicated"}
+
+
+# ---------------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--devices 4096", "--devices 4096: there are"),
+        ("--devices 7 3 7", "--devices names a number twice: [7, 3, 7]"),
+        ("--train nope --sizes 2 2", "mlp: pattern 'nope'"),
+        ("--sizes 8", "--sizes needs the widths"),
+        ("--sizes 8 99999999999", "below 2**31, not 99999999999"),
+        ("--rounds 0", "positive"),
+        ("--coordinator a:99999 --processes 2 --process 0", "must be HOST:PORT"),
+        ("--coordinator a:1 --processes 2", "go together"),
+        ("--json {}/no/x.json", "No such file"),
+        ("--json {}", "must be regular files"),
+        ("--json {}/x.png --plot {}/./x.png", "must not be the same file"),
+        ("--plot {}/x.doc", "doc"),
+        ("--plot {}/x.png --tables run", "--plot draws the methods and prefix tables"),
+        ("--model {}/none.py:make --train w", "none.py"),
+        ("--model {}/mine.py --train w", "must be FILE.py:NAME"),
+        ("--model {}/mine.py:good", "--model needs --train or --freeze"),
+        ("--model {}/mine.py:good --train head --tables prefix", "layers of an MLP"),
+        ("--model {}/mine.py:good --train v", "mine: pattern 'v'"),
+        ("--model {}/mine.py:good --train head --batch 5", "no leaf of the batch"),
+        ("--model {}/mine.py:nothing --train w", "mine.py has no nothing()"),
+        ("--model {}/mine.py:pair --train w", "(loss_fn, params, batch)"),
+        ("--model {}/mine.py:vector --train w", "scalar-output functions"),
+        ("--model {}/mine.py:counts --train w", "parameter 'steps' is int32"),
+        ("--model {}/mine.py:function --train w", "parameter 'act' is a"),
+        ("--model {}/mine.py:leaves --train w", "called sys.exit(no config)"),
+        ("--model {}/mine.py:imports --train w", "uv run --with notthere bench.py"),
+        ("--model {}/mine.py:uneven --train w", "say with --batch N how many rows"),
+        ("--topology v5e:2x4", "add --compile-only"),
+        ("--topology v5e:2x4 --compile-only --devices 4", "leave out --devices"),
+        ("--compile-only --tables methods", "the devices table alone"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(
+    typed: str, words: str, models: Path, short: None, capsys: Any
+) -> None:
+    ended = Ended(capsys, *typed.replace("{}", str(models.parent)).split())
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.error.startswith("bench.py: error: ")
+    assert ended.error.count("\n") == 1
+    assert words in ended.error
+    assert [file for file in models.parent.iterdir() if file.is_file()] == [models]
+
+
+def test_disabled_jit_is_refused(short: None, capsys: Any) -> None:
+    with jax.disable_jit():
+        assert "JAX_DISABLE_JIT is set" in Ended(capsys).error
+
+
+def test_missing_matplotlib_is_named(
+    short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    ended = Ended(capsys, "--plot", tmp_path / "x.png")
+    assert ended.code == 2
+    assert "uv run --with matplotlib bench.py" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("typed", "trained"),
+    [
+        ("--freeze * !*/b", {"linear_0/b", "linear_1/b"}),
+        ("--freeze !linear_0 linear_0/b", {"linear_0/w"}),
+        ("--train linear_0", {"linear_0/w", "linear_0/b"}),
+    ],
+)
+def test_freeze_is_the_opposite_of_train(typed: str, trained: set[str]) -> None:
+    options = options_of("--sizes", "2", "3", "2", *typed.split())
+    (problem,) = bench.load_problems(options)
+    trainable, _ = mf.partition(problem.where, problem.params)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
+    assert {bench.leaf_name(path) for path in paths} == trained
+
+
+def test_options_without_effect_are_named() -> None:
+    options = options_of("--tables", "prefix", "run", "--train", "linear_0")
+    notes = " ".join(bench.options_without_effect(options))
+    assert "--train and --freeze have no effect on the prefix table" in notes
+    assert "run table" in notes
+
+
+# ---------------------------------------------------------------- your own model
+MODELS = """
+    import jax, jax.numpy as jnp, numpy as np
+    w, x = jnp.ones(3), jnp.ones((4, 3))
+
+    def loss(params, x):
+        return jnp.mean((x * params["body"]) @ params["head"])
+
+    def dropout_loss(params, key, x):
+        keep = jax.random.bernoulli(key, 0.5, x.shape)
+        return loss(params, x * keep)
+
+    def token_loss(params, tokens):
+        return jnp.mean(params["table"][tokens])
+
+    def good():
+        return loss, {"head": w, "body": w}, (x,)
+    def keyed():
+        return dropout_loss, {"head": w, "body": w}, (jax.random.key(0), x)
+    def tokens():
+        ids = np.zeros((4, 7), np.int32)
+        return token_loss, {"table": jnp.ones(5), "body": w}, (ids,)
+    def with_optax():
+        import optax
+        return (*good(), optax.adamw(1e-3))
+
+    def pair():
+        return loss, {"w": w}
+    def vector():
+        return lambda params, x: params["w"] * x, {"w": w}, (w,)
+    def counts():
+        return loss, {"w": w, "steps": 3}, (x,)
+    def function():
+        return loss, {"w": w, "act": jnp.tanh}, (x,)
+    def leaves():
+        raise SystemExit("no config")
+    def imports():
+        import notthere
+    def uneven():
+        return lambda params, a, b: params["w"].sum(), {"w": w}, (x, jnp.ones(2))
+    def wrong():
+        return lambda params, x: jnp.nan * params["head"].sum(), {"head": w}, (x,)
+    def steep():
+        return lambda params, x: jnp.sqrt(params["head"]).sum(), {"head": 0 * w}, (x,)
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.py"
+    file.write_text(textwrap.dedent(MODELS))
+    return file
+
+
+def load(models: Path, name: str, *typed: str) -> bench.Problem:
+    options = options_of("--model", f"{models}:{name}", "--train", "*", *typed)
+    return bench.load_model(options)
+
+
+def test_rows_are_those_of_the_data_not_of_a_random_key(models: Path) -> None:
+    assert load(models, "keyed").rows == 4
+    assert load(models, "uneven", "--batch", "2").rows == 2
+
+
+def test_rows_of_token_ids_are_counted_in_tokens(models: Path) -> None:
+    problem = load(models, "tokens")
+    assert (problem.rows, problem.tokens) == (4, 7)
+    case = bench.case_of("methods", problem, options_of())
+    assert (case.rows, case.unit) == (28, "tokens")
+    assert load(models, "good").tokens is None
+
+
+def test_a_model_is_measured(models: Path, short: None, capsys: Any) -> None:
+    file = models.with_suffix(".json")
+    typed = ("--model", f"{models}:keyed", "--train", "head", "--rounds", 1)
+    ended = Ended(capsys, *typed, "--json", file)
+    assert (ended.code, ended.error) == (0, "")
+    assert "mine: train head, batch 4" in ended.out
+    (row,) = rows_in(file, method="hoist", clip=False, optimizer="sgd")
+    assert row["remark"] in ("random numbers are drawn once per batch and kept",
+                             "nothing to hoist")  # fmt: skip
+
+
+def test_an_optax_optimizer_takes_the_step(
+    models: Path, short: None, capsys: Any
+) -> None:
+    file = models.with_suffix(".json")
+    typed = ("--model", f"{models}:with_optax", "--train", "head", "--rounds", 1)
+    ended = Ended(capsys, *typed, "--json", file)
+    assert (ended.code, ended.error) == (0, "")
+    rows = rows_in(file)
+    assert {row["optimizer"] for row in rows} == {"optax"}
+    assert [row["method"] for row in rows] == ["everything", "partition", "hoist"]
+    everything, part, _ = rows
+    # Two moments of 3 floats for "body" are what partition spares.
+    assert everything["memory_bytes"] - part["memory_bytes"] >= 2 * 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrong", "mine, everything: the loss is nan"),
+        ("steep", "mine, everything: 'head' has a gradient that is not finite"),
+    ],
+)
+def test_a_failure_before_the_first_row_keeps_old_results(
+    name: str, words: str, models: Path, short: None, capsys: Any
+) -> None:
+    kept = models.with_suffix(".json")
+    kept.write_text("old")
+    typed = ("--model", f"{models}:{name}", "--train", "head", "--json", kept)
+    ended = Ended(capsys, *typed)
+    assert (ended.code, kept.read_text()) == (1, "old")
+    assert ended.error.startswith(f"bench.py: error: {words}")
+    assert ended.error.count("\n") == 1
+
+
+# --------------------------------------------------- results are not lost
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("old")
+
+    def write_half(part: Path) -> None:
+        part.write_text("ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        bench.in_one_piece(file, write_half)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("x.json", "old")]
+
+
+def test_a_full_disk_is_named_and_ends_with_code_1(
+    short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(report: bench.Report) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(bench, "write_files", fail)
+    ended = Ended(capsys, *SMALL, "--tables", "prefix", "--json", tmp_path / "x.json")
+    assert ended.code == 1
+    assert ended.error == "bench.py: error: No space left on device\n"
+
+
+def test_a_plot_of_nothing_keeps_the_old_one(tmp_path: Path) -> None:
+    report, plot = bench.Report(), tmp_path / "x.png"
+    plot.write_text("old")
+    report.options.plot = plot
+    report.tables = [bench.rows_of([result("everything")], CARD)]  # not timed
+    bench.write_files(report)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def raise_at(text: str, error: BaseException) -> Callable[..., None]:
+    """A `say` that raises an error after it has said a text."""
+
+    def say(*texts: str, **options: Any) -> None:
+        print(*texts, **options)
+        if any(text in said for said in texts):
+            raise error
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "ended"),
+    [
+        (KeyboardInterrupt(), 0, "interrupted"),  # the signal gives the code
+        (BrokenPipeError(32, "Broken pipe"), 1, "error: [Errno 32] Broken pipe"),
+        (RuntimeError("a fault"), 1, "error: a fault"),
+    ],
+)
+def test_what_was_measured_is_written_however_the_run_ends(
+    error: BaseException,
+    code: int,
+    ended: str,
+    short: None,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "x.json"
+    kept.write_text("old")
+    monkeypatch.setattr(bench, "say", raise_at("freeze the first layers", error))
+    run = Ended(capsys, *SMALL, "--tables", "prefix", "run", "--json", kept)
+    results = json.loads(kept.read_text())
+    assert (run.code, results["complete"], results["ended"]) == (code, False, ended)
+    methods = [row["method"] for row in results["rows"]]
+    assert methods == ["everything", "partition", "hoist"]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_interrupt_during_the_writing_does_not_stop_it(
+    short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = bench.write_files
+
+    def interrupted_write(report: bench.Report) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        real(report)
+
+    monkeypatch.setattr(bench, "write_files", interrupted_write)
+    kept = tmp_path / "x.json"
+    ended = Ended(capsys, *SMALL, "--tables", "prefix", "--json", kept)
+    assert ended.code == 128 + signal.SIGINT
+    assert json.loads(kept.read_text())["complete"]
+
+
+def start(*typed: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOP / "bench.py"), *map(str, typed)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without {words!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_by_their_code_and_keep_its_rows(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    process = start(*SMALL, "--tables", "prefix", "devices", "--json", file)
+    read_until(process, "hoist, 1 frozen")  # the last row of the prefix table
+    process.send_signal(number)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (128 + number, "bench.py: interrupted\n")
+    results = json.loads(file.read_text())
+    assert results["ended"] == "interrupted"
+    assert len(results["rows"]) == 3
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_an_interrupt_during_the_imports_is_silent() -> None:
+    code = f"""if True:
+        import importlib.abc, signal, sys
+        class Interrupting(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "jax":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting())
+        import runpy
+        runpy.run_path({str(TOP / "bench.py")!r}, run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+# ------------------------------------------------------------- clusters and pods
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start_both(*typed: object, others: tuple[object, ...] = ()) -> Any:
+    """Starts a cluster of two processes, the second with other options, too."""
+    joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
+    first = start(*typed, *joined, "--process", 0)
+    second = start(*typed, *joined, "--process", 1, *others)
+    return first, second
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    both = start_both(*SMALL, "--json", file)
+    (out, error), (silent, _) = [process.communicate(timeout=180) for process in both]
+    assert [process.returncode for process in both] == [0, 0], error
+    assert "2 x cpu" in out
+    assert silent == "" or silent.startswith("[Gloo]")
+    rows = rows_in(file, devices=2)
+    assert [(row["layout"], row["method"]) for row in rows] == [
+        ("replicated", "everything"),
+        ("replicated", "partition"),
+        ("sharded", "everything"),
+        ("sharded", "partition"),
+    ]
+    assert all(row["step_s"] > 0 and not row["simulated"] for row in rows)
+    assert rows[1]["collective_bytes"] == rows[1]["sent_bytes"] == 4 * (16 * 4 + 4) + 4
+    assert rows[1]["efficiency"] > 0
+
+
+def test_processes_with_other_options_all_refuse(tmp_path: Path) -> None:
+    both = start_both(*SMALL, others=("--optimizer", "adam"))
+    ends = [process.communicate(timeout=180) for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    for (_, error), optimizer in zip(ends, ("sgd", "adam")):
+        (line,) = [line for line in error.splitlines() if "bench.py" in line]
+        assert "processes [1] refuse or have other options than process 0" in line
+        assert f"'optimizer': '{optimizer}'" in line
+
+
+def test_sigterm_to_one_process_ends_both(tmp_path: Path) -> None:
+    first, second = start_both(*SMALL, "--rounds", 10**6)
+    read_until(first, "Sent is")  # the measuring begins
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=180)
+    _, error = first.communicate(timeout=180)
+    assert second.returncode == 128 + signal.SIGTERM
+    assert first.returncode not in (0, None)
+    assert error
+
+
+def test_a_port_in_use_is_refused_in_one_line(short: None, capsys: Any) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        joined = ("--processes", 2, "--process", 0)
+        ended = Ended(capsys, "--coordinator", f"127.0.0.1:{port}", *joined)
+    assert ended.code == 2
+    assert f"127.0.0.1:{port}" in ended.error
+    assert ended.error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        ("JAX TPU support not installed", 'uv run --with "jax[tpu]" bench.py'),
+        ("Invalid TPU external name: TPU v9x", "v5e:16x16, v6e:16x16"),
+    ],
+)
+def test_a_topology_that_cannot_be_had(
+    raised: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax.experimental import topologies
+
+    def fail(**options: Any) -> Any:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    for name in ("SKIP_MDS_QUERY", "ACCELERATOR_TYPE", "WORKER_HOSTNAMES"):
+        monkeypatch.setenv(f"TPU_{name}", "")  # which it sets
+    with pytest.raises(ValueError, match="--topology") as error:
+        bench.topology_devices("v9x:9")
+    assert words in str(error.value)
+
+
+def test_a_topology_is_compiled_replicated_and_sharded(
+    short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = bench.mlp("mlp", (4, 8, 2), 4, "linear_1", abstract=True)
+    chip = SimpleNamespace(platform="tpu")
+    placed = []
+
+    def place(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
+        placed.append((len(devices), sharded, abstract))
+        return problem
+
+    monkeypatch.setattr(bench, "place", place)
+    options = options_of("--compile-only", "--topology", "v5e:2x2")
+    builds = bench.device_cases(problem, [chip] * 4, options, simulated=True)
+    assert placed == [(4, False, True), (4, True, True)]
+    found = [(c.layout, c.method, c.platform, c.devices) for c in builds]
+    assert found == [
+        ("replicated", "everything", "tpu", 4),
+        ("replicated", "partition", "tpu", 4),
+        ("sharded", "everything", "tpu", 4),
+        ("sharded", "partition", "tpu", 4),
+    ]
+    assert all(c.simulated and c.rows == 16 for c in builds)
+
+
+def test_simulated_devices_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    process = start(*SMALL, "--compile-only", "--devices", 1, 64, "--json", file)
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert "as compiled for cpu, not run" in out
+    found = [(row["devices"], row["collective_bytes"]) for row in rows_in(file)]
+    trained, everything = 16 * 4 + 4 + 1, 8 * 16 + 16 + 16 * 4 + 4 + 1
+    assert found == [(1, 0), (1, 0), (64, 4 * everything), (64, 4 * trained)]
+
+
+# ------------------------------------------------------------------------- peers
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setitem(sys.modules, "bench", bench)
+    return runpy.run_path(str(bench.PEERS))
+
+
+def test_peers_take_our_step_in_every_form(short: None, peers: dict[str, Any]) -> None:
+    problem = bench.mlp("mlp", (4, 8, 8, 2), 4, ["linear_0", "linear_2"])
+    options = options_of("--rounds", "1", "--peers")
+    (table,) = peers["peers_table"](options, [problem])
+    methods = [r.case.method for r in table.results]
+    own = ["everything", "partition"]
+    assert methods == [*own, *own, *peers["FORMS"], *peers["CLIPPED_FORMS"]]
+    timed = {r.case.method for r in table.results if r.timing is not None}
+    assert {"haiku", "equinox, filter_jit", "nnx, cached_partial", "optax"} <= timed
+    for r in table.results:
+        assert r.timing is not None or "left out" in str(r.remark)
+
+
+def test_peers_that_are_missing_are_named(
+    short: None, peers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("haiku", "equinox", "flax.nnx", "optax"):
+        monkeypatch.setitem(sys.modules, module, None)
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"])
+    options = options_of("--rounds", "1", "--peers")
+    (table,) = peers["peers_table"](options, [problem])
+    for r in table.results[4:]:
+        assert str(r.remark).startswith("left out: ")
+        assert r.timing is None
