@@ -192,7 +192,11 @@ def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
     # A tree without leaves has nothing to select.
     if selection and not any(selection):
         names = [repr(name) for name in _names(tree)]
-        raise ValueError(f"`where` selects none of the leaves {_first_ten(names)}")
+        first_path, _ = tree_flatten_with_path(tree)[0][0]
+        raise ValueError(
+            f"`where` selects none of the leaves {_first_ten(names)} "
+            f"(the key path of the first one is {first_path})"
+        )
     return selection
 
 
