@@ -302,7 +302,7 @@ def hardware(file: str) -> str:
 
 
 def matrix() -> str:
-    """A sentence, which must be true: no version of jax failed or skipped a test."""
+    """Says on which versions of jax no test failed and none was skipped."""
     lines = (RESULTS / "matrix.md").read_text().splitlines()[2:]
     names = []
     for line in lines:
@@ -311,7 +311,10 @@ def matrix() -> str:
             raise SystemExit(f"matrix.md: not every test passes: {line}")
         names.append(name)
     *numbered, last = names
-    return f"All tests pass on jax {', '.join(numbered)} and the {last}."
+    versions = f"{', '.join(numbered)} and the {last}"
+    return (
+        f"The module's tests, alone and with other libraries, pass on jax {versions}."
+    )
 
 
 TABLES: dict[str, Callable[..., str]] = {
