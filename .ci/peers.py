@@ -71,7 +71,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
         loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
         return descend(trainable, grads), loss
 
-    def read(trainable: Tree) -> Tree:
+    def get_params(trainable: Tree) -> Tree:
         return {
             name.rpartition("/")[2]: dict(leaves) for name, leaves in trainable.items()
         }
@@ -80,7 +80,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(frozen, *problem.batch),
-        read=read,
+        get_params=get_params,
     )
 
 
@@ -161,7 +161,7 @@ def equinox_filter_jit(problem: bench.Problem) -> bench.Step:
         EquinoxStep(step),
         init=partial(copy_arrays, model),
         args=problem.batch,
-        read=equinox_params,
+        get_params=equinox_params,
     )
 
 
@@ -181,7 +181,7 @@ def equinox_split(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(frozen, *problem.batch),
-        read=lambda trainable: equinox_params(eqx.combine(trainable, rest)),
+        get_params=lambda trainable: equinox_params(eqx.combine(trainable, rest)),
     )
 
 
@@ -280,7 +280,7 @@ def nnx_step(problem: bench.Problem, model: Any, fn: Function) -> bench.Step:
     def step(model: Any, *batch: Any) -> Any:
         return model, fn(*batch)
 
-    return bench.Step(step, init=init, args=problem.batch, read=nnx_params)
+    return bench.Step(step, init=init, args=problem.batch, get_params=nnx_params)
 
 
 def nnx_split(problem: bench.Problem) -> bench.Step:
@@ -299,7 +299,7 @@ def nnx_split(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(rest, *problem.batch),
-        read=lambda trainable: nnx_params(nnx.merge(graphdef, trainable, rest)),
+        get_params=lambda trainable: nnx_params(nnx.merge(graphdef, trainable, rest)),
     )
 
 
@@ -332,7 +332,7 @@ def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, state),
         args=problem.batch,
-        read=lambda state: state[0],
+        get_params=lambda state: state[0],
     )
 
 
@@ -364,7 +364,7 @@ def peers_table(
         if not problem.sizes:
             raise ValueError("the peers have only MLPs: leave out --model or --peers")
         problem = bench.place(problem, jax.local_devices()[:1])
-        plain = bench.case_of("peers", problem, options)
+        plain = bench.first_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
         builds: dict[bench.Case, bench.Build] = {}
         for clip in (False, True):
@@ -390,8 +390,8 @@ def build_peer(form: Function, problem: bench.Problem, case: bench.Case) -> benc
         reason = str(error).partition("\n")[0]
         raise ImportError(f"does not go with this version: {reason}") from error
     trainable, _ = mf.partition(problem.where, problem.params)
-    update = bench.update_name(case)
+    group = bench.same_step_group(case)
     if case.clip and case.method in CLIPS_ALL:
-        update = bench.update_name(replace(case, method="everything"))
+        group = bench.same_step_group(replace(case, method="everything"))
     trainable_bytes = bench.tree_bytes(trainable)
-    return replace(step, update=update, trainable_bytes=trainable_bytes)
+    return replace(step, same_step_group=group, trainable_bytes=trainable_bytes)
