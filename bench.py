@@ -105,7 +105,6 @@ class Step:
     hoisted: Hoisted | None = None
     trainable_bytes: int | None = None  # per device
     written_bytes: int | None = None  # trainables + optimizer state, per device
-    remark: str | None = None
 
 
 class Hoisted(NamedTuple):
@@ -461,26 +460,31 @@ def measure(builds: Mapping[Case, Build], options: Namespace) -> list[Result]:
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
     """One step per method; the last problem is also run with clipping and with Adam."""
     for problem in problems:
-        problem = place(problem, jax.local_devices()[:1])
         plain = first_case("methods", problem, options)
         if problem.optimizer is not None:
-            # An optimizer that sees frozen parameters may update them, e.g. by
-            # weight decay. The other methods show them to it.
+            # The other methods show it the frozen parameters, and an optimizer may
+            # update all parameters that it sees, e.g. by weight decay.
             cases = [replace(plain, method=method) for method in MAIN_METHODS]
         else:
             cases = [replace(plain, method=method) for method in METHODS]
-            if problem.name == problems[-1].name:
-                cases += [replace(case, clip=True) for case in cases]
-                cases.insert(
-                    len(METHODS), replace(plain, method="stop_gradient", donate=False)
-                )
-                if options.optimizer == "sgd":
-                    adam = replace(plain, optimizer="adam")
-                    cases += [replace(adam, method=method) for method in MAIN_METHODS]
+            if problem is problems[-1]:
+                cases += variants(plain)
+        placed = place(problem, jax.local_devices()[:1])
         builds: dict[Case, Build] = {}
         for case in cases:
-            builds[case] = partial(build_step, problem)
+            builds[case] = partial(build_step, placed)
         yield Table(describe(problem), measure(builds, options))
+
+
+def variants(plain: Case) -> list[Case]:
+    """Returns the cases without donation, with clipping, and with Adam."""
+    cases = [replace(plain, method="stop_gradient", donate=False)]
+    for method in METHODS:
+        cases.append(replace(plain, method=method, clip=True))
+    if plain.optimizer == "sgd":
+        for method in MAIN_METHODS:
+            cases.append(replace(plain, method=method, optimizer="adam"))
+    return cases
 
 
 def run(argv: Sequence[str] | None, report: Report) -> None:
@@ -695,14 +699,12 @@ def steps_to_check(
 
 def first_case(table: str, problem: Problem, options: Namespace) -> Case:
     """Returns the case of training everything on one device."""
-    return Case(
-        table=table,
-        problem=problem.name,
-        method="everything",
-        optimizer=options.optimizer if problem.optimizer is None else "optax",
-        rows=problem.rows * (problem.tokens or 1),
-        unit="rows" if problem.tokens is None else "tokens",
-    )
+    case = Case(table, problem.name, "everything", rows=problem.rows)
+    if problem.tokens is not None:
+        case = replace(case, rows=problem.rows * problem.tokens, unit="tokens")
+    if problem.optimizer is not None:
+        return replace(case, optimizer="optax")
+    return replace(case, optimizer=options.optimizer)
 
 
 def peak_memory_bytes() -> int | None:
@@ -782,9 +784,9 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
         unused_bytes = tree_bytes(unused)
         program = replace(program, flops_min=flops_min, unused_bytes=unused_bytes)
     # XLA does not count library calls and counts a loop body only once.
-    flops = int((compiled.cost_analysis() or {}).get("flops", -1))
-    if flops >= (program.flops_min or 0):
-        program = replace(program, flops=flops)
+    costs = compiled.cost_analysis() or {}
+    if costs.get("flops", -1) >= (program.flops_min or 0):
+        program = replace(program, flops=int(costs["flops"]))
 
     memory = compiled.memory_analysis()
     if memory is None:
@@ -820,7 +822,8 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     """Returns the jaxprs among an equation's parameters."""
     found = []
     for param in eqn.params.values():
-        for value in param if isinstance(param, tuple) else (param,):
+        values = param if isinstance(param, tuple) else [param]
+        for value in values:
             jaxpr = getattr(value, "jaxpr", value)  # of a ClosedJaxpr
             if hasattr(jaxpr, "eqns"):
                 found.append(jaxpr)
@@ -1090,8 +1093,8 @@ def simulated_elsewhere(problem: Problem, options: Namespace) -> Table:
         command += ["--compile-only", "--devices", "8", "--json", str(file)]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode != 0:
-            lines = process.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"the simulation of 8 devices failed: {lines[-1]}")
+            _, _, last_line = process.stderr.strip().rpartition("\n")
+            raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
         rows = json.loads(file.read_text("utf-8"))["rows"]
     title = f"{describe(problem)}\nas compiled for cpu, not run"
     return Table(title, [result_from(row) for row in rows])
@@ -1727,41 +1730,42 @@ def figures_of(
 ) -> Figures:
     case, timing = result.case, result.timing
     partition = find_result(results, replace(case, method="partition"))
-    partition_s = None
-    if partition is not None and partition.timing is not None:
-        partition_s = partition.timing.median
     outcome = hoist_outcome(result, partition)
     if timing is None:
         return Figures(hoist_outcome=outcome)
-    figures = Figures(
-        step_s=timing.median,
-        spread_s=timing.spread,
-        samples=timing.samples,
-        rows_per_s=case.rows / timing.median,
-        limit_share=limit_share(result.program, timing, card),
-        hoist_outcome=outcome,
-    )
 
+    speedup, differs = None, None
     base = baseline(case, results)
     if base is not None:
         speedup = base.median / timing.median
         differs = not timing.overlaps(base)
-        figures = replace(figures, speedup=speedup, differs=differs)
 
+    efficiency = None
     if case.devices > 1 and case.layout == "replicated":
         rows_alone = case.rows // case.devices
         alone = find_result(results, replace(case, devices=1, rows=rows_alone))
         if alone is not None and alone.timing is not None:
             efficiency = alone.timing.median / timing.median
-            figures = replace(figures, efficiency=efficiency)
 
+    once_s, break_even = None, None
     if result.once is not None:
         once_s = result.once.median
-        figures = replace(figures, once_s=once_s)
-        if outcome is HoistOutcome.FASTER and partition_s is not None:
-            saved = partition_s - timing.median
-            figures = replace(figures, break_even=once_s / saved)
-    return figures
+        if outcome is HoistOutcome.FASTER and partition and partition.timing:
+            break_even = once_s / (partition.timing.median - timing.median)
+
+    return Figures(
+        step_s=timing.median,
+        spread_s=timing.spread,
+        samples=timing.samples,
+        speedup=speedup,
+        differs=differs,
+        rows_per_s=case.rows / timing.median,
+        efficiency=efficiency,
+        limit_share=limit_share(result.program, timing, card),
+        once_s=once_s,
+        hoist_outcome=outcome,
+        break_even=break_even,
+    )
 
 
 def find_result(results: Sequence[Result], case: Case) -> Result | None:
@@ -1837,15 +1841,14 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns["layout"] = [row["layout"] for row in rows]
     columns |= time_column(rows)
     columns["speed-up"] = [speedup_text(row) for row in rows]
-    columns |= number_column("memory", "B", [row["memory_bytes"] for row in rows])
+    columns |= number_column("memory", rows, "memory_bytes", "B")
     if on_devices:
-        columns |= number_column("sent", "B", [row["sent_bytes"] for row in rows])
-        columns["efficiency"] = [percent(row["efficiency"]) for row in rows]
+        columns |= number_column("sent", rows, "sent_bytes", "B")
+        columns |= percent_column("efficiency", rows, "efficiency")
     if not (on_devices and timed):  # they would not all fit on a line
-        columns["limit"] = [percent(row["limit_share"]) for row in rows]
-        columns |= number_column("", "FLOP", [row["flops"] for row in rows])
-        per_s = [row["rows_per_s"] for row in rows]
-        columns |= number_column(f"{rows[0]['unit']}/s", "", per_s)
+        columns |= percent_column("limit", rows, "limit_share")
+        columns |= number_column("", rows, "flops", "FLOP")
+        columns |= number_column("", rows, "rows_per_s", f" {rows[0]['unit']}/s")
 
     lines = ["", title]
     lines += aligned({name: cells for name, cells in columns.items() if any(cells)})
@@ -1888,14 +1891,21 @@ def time_column(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def number_column(
-    title: str, unit: str, values: Sequence[float | None]
+    title: str, rows: Sequence[Row], key: str, unit: str
 ) -> dict[str, list[str]]:
     """Formats a column of plain numbers, with their unit in its title."""
-    scale, prefix = si_prefix(values)
+    scale, prefix = si_prefix([row[key] for row in rows])
     cells = []
-    for value in values:
-        cells.append("" if value is None else three_digits(value / scale))
+    for row in rows:
+        cells.append("" if row[key] is None else three_digits(row[key] / scale))
     return {f"{title} {prefix}{unit}".strip(): cells}
+
+
+def percent_column(title: str, rows: Sequence[Row], key: str) -> dict[str, list[str]]:
+    cells = []
+    for row in rows:
+        cells.append("" if row[key] is None else f"{row[key]:.0%}")
+    return {title: cells}
 
 
 def speedup_text(row: Row) -> str:
@@ -1908,10 +1918,6 @@ def speedup_text(row: Row) -> str:
 
 def times(ratio: float) -> str:
     return f"{ratio:.1f}x" if 0.95 <= ratio < 9.95 else f"{three_digits(ratio)}x"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -2118,16 +2124,17 @@ def answer_hoist(hoist: Row, partition: Row | None) -> str:
 
 def answer_devices(rows: Sequence[Row]) -> str:
     last = rows[-1]
-    wanted = {"devices": last["devices"], "layout": last["layout"]}
-    sent = []
-    for method in ("partition", "everything"):
-        row = find(rows, method=method, **wanted)
-        if row is None or row["sent_bytes"] is None:
-            return ""
-        sent.append(quantity(row["sent_bytes"], "B"))
+    where = {"devices": last["devices"], "layout": last["layout"]}
+    part = find(rows, method="partition", **where)
+    whole = find(rows, method="everything", **where)
+    if part is None or whole is None:
+        return ""
+    if part["sent_bytes"] is None or whole["sent_bytes"] is None:
+        return ""
     return (
         f"{last['problem']}: each of {last['devices']} devices ({last['layout']}) "
-        f"sends {sent[0]} per step with partition, and {sent[1]} with everything."
+        f"sends {quantity(part['sent_bytes'], 'B')} per step with partition, and "
+        f"{quantity(whole['sent_bytes'], 'B')} with everything."
     )
 
 
