@@ -1853,7 +1853,13 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
     lines = ["", title]
     lines += aligned({name: cells for name, cells in columns.items() if any(cells)})
     for row in rows:
-        lines += notes(row)
+        texts = [] if row["remark"] is None else [row["remark"]]
+        # The other updates repeat the notes of the first one.
+        if not row["clip"] and row["optimizer"] == rows[0]["optimizer"]:
+            texts += hoist_notes(row)
+        if texts:
+            note = f"  {label(row)}: {'; '.join(texts)}."
+            lines += textwrap.wrap(note, WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -1957,30 +1963,24 @@ def aligned(columns: Mapping[str, list[str]]) -> list[str]:
     return ["  ".join(cells).rstrip() for cells in zip(*padded)]
 
 
-def notes(row: Row) -> list[str]:
-    """Returns the remarks that have no column."""
-    texts = []
-    if row["remark"] is not None:
-        texts.append(row["remark"])
-    nothing_to_hoist = row["hoist_outcome"] == HoistOutcome.NOTHING_TO_HOIST
-    if row["once_s"] is not None and not nothing_to_hoist:
-        costs = []
-        for epochs in (1, 3, 10):
-            costs.append(quantity(row["step_s"] + row["once_s"] / epochs, "s"))
-        over = ", ".join(costs)
-        texts.append(
-            f"including feature computation: {over} per step over 1, 3, 10 epochs"
-        )
-        if row["break_even"] is not None:
-            texts.append(f"pays off after {row['break_even']:.1f} epochs")
-        texts.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
-        if row["unused_bytes"]:
-            unused = quantity(row["unused_bytes"], "B")
-            texts.append(f"{unused} of frozen weights are no longer read")
-    if not texts:
+def hoist_notes(row: Row) -> list[str]:
+    """Describes the cost of hoist's features."""
+    if row["once_s"] is None:
         return []
-    line = f"{label(row)}: {'; '.join(texts)}."
-    return textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if row["hoist_outcome"] == HoistOutcome.NOTHING_TO_HOIST:
+        return []
+    costs = []
+    for epochs in (1, 3, 10):
+        costs.append(quantity(row["step_s"] + row["once_s"] / epochs, "s"))
+    including = f"including feature computation: {', '.join(costs)} per step"
+    texts = [f"{including} over 1, 3, 10 epochs"]
+    if row["break_even"] is not None:
+        texts.append(f"pays off after {row['break_even']:.1f} epochs")
+    texts.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
+    if row["unused_bytes"]:
+        unused = quantity(row["unused_bytes"], "B")
+        texts.append(f"{unused} of weights are no longer read and can be freed")
+    return texts
 
 
 def describe(problem: Problem) -> str:
@@ -2065,6 +2065,9 @@ def answer(tables: Sequence[Sequence[Row]]) -> str:
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines if line)
 
 
+ORDINALS = ("first", "second", "third")
+
+
 def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
     """Returns the first row with these values."""
     for row in rows:
@@ -2084,7 +2087,7 @@ def answer_methods(rows: Sequence[Row]) -> str:
         part_bytes, all_bytes = with_adam["memory_bytes"], all_with_adam["memory_bytes"]
         if part_bytes is not None and all_bytes is not None and part_bytes < all_bytes:
             saved = quantity(all_bytes - part_bytes, "B")
-            sentences.append(f"With Adam, it also needs {saved} less memory.")
+            sentences.append(f"With Adam, partition needs {saved} less memory.")
 
     hoist = find(rows, method="hoist", optimizer=optimizer, clip=False)
     if hoist is not None:
@@ -2099,8 +2102,9 @@ def answer_partition(row: Row | None) -> str:
         return f"{NO_DIFFERENCE} between partition and training everything."
     if row["speedup"] < 1:
         slowdown = times(1 / row["speedup"])
-        return f"train everything: partition is {slowdown} slower."
-    return f"use partition: {times(row['speedup'])} faster than training everything."
+        return f"train everything; partition is {slowdown} slower."
+    speedup = times(row["speedup"])
+    return f"use partition, which is {speedup} faster than training everything."
 
 
 def answer_hoist(hoist: Row, partition: Row | None) -> str:
@@ -2110,14 +2114,18 @@ def answer_hoist(hoist: Row, partition: Row | None) -> str:
     if partition is None or outcome == HoistOutcome.NOT_TIMED:
         return "No comparison of hoist with partition: one of them was not timed."
     if outcome == HoistOutcome.NO_DIFFERENCE:
-        return f"If batches repeat: {NO_DIFFERENCE} between hoist and partition."
+        return f"Even if batches repeat, {NO_DIFFERENCE} between hoist and partition."
     ratio = partition["step_s"] / hoist["step_s"]
     if outcome == HoistOutcome.SLOWER:
-        return f"Do not use hoist: its step is {times(1 / ratio)} slower."
-    epoch = math.floor(hoist["break_even"]) + 1
+        slowdown = times(1 / ratio)
+        return f"Do not use hoist: its step is {slowdown} slower than partition's."
+    full_epochs = math.floor(hoist["break_even"])  # in which it has not paid off
+    when = f"after {full_epochs} epochs"
+    if full_epochs < len(ORDINALS):
+        when = f"from the {ORDINALS[full_epochs]} epoch on"
     return (
         f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
-        f"partition; computing the features first pays off from epoch {epoch} on, for "
+        f"partition; computing the features first pays off {when}, for "
         f"{quantity(hoist['kept_bytes'], 'B')} per batch."
     )
 
@@ -2131,8 +2139,11 @@ def answer_devices(rows: Sequence[Row]) -> str:
         return ""
     if part["sent_bytes"] is None or whole["sent_bytes"] is None:
         return ""
+    how = last["layout"]
+    if last["simulated"]:
+        how += ", as compiled"
     return (
-        f"{last['problem']}: each of {last['devices']} devices ({last['layout']}) "
+        f"{last['problem']}: each of {last['devices']} devices ({how}) "
         f"sends {quantity(part['sent_bytes'], 'B')} per step with partition, and "
         f"{quantity(whole['sent_bytes'], 'B')} with everything."
     )
@@ -2217,6 +2228,8 @@ def draw(report: Report, file: Path) -> None:
 
 
 def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for method in ("partition", "hoist"):
         shown = [row for row in rows if row["method"] in ("everything", method)]
         frozen = [row["frozen_layers"] for row in shown]
@@ -2227,8 +2240,9 @@ def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
         )
     axes.set(xlabel="frozen layers, from the first", ylabel="ms per step", yscale="log")
     axes.set(xticks=sorted({row["frozen_layers"] for row in rows}))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.legend()
 
 

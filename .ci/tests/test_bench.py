@@ -406,7 +406,7 @@ def test_break_even_is_not_given_inside_the_noise() -> None:
 
 def test_cost_per_step_with_the_features_over_epochs() -> None:
     hoist = result("hoist", 1e-3, 1e-3, 1e-3, once=6e-3, kept_bytes=500)
-    text = " ".join(" ".join(bench.notes(row_of("hoist", hoist))).split())
+    text = "; ".join(bench.hoist_notes(row_of("hoist", hoist)))
     assert "7.00 ms, 3.00 ms, 1.60 ms per step over 1, 3, 10 epochs" in text
     assert "stores 500 B per batch" in text
 
@@ -549,10 +549,10 @@ def test_answer_names_the_gain_and_what_it_costs() -> None:
     ]
     text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
     assert text == (
-        "deep: use partition: 2.7x faster than training everything. With Adam, it also "
-        "needs 153 MB less memory. If batches repeat, each step of hoist is 33.3x "
-        "faster than one of partition; computing the features first pays off from "
-        "epoch 2 on, for 500 kB per batch."
+        "deep: use partition, which is 2.7x faster than training everything. With "
+        "Adam, partition needs 153 MB less memory. If batches repeat, each step of "
+        "hoist is 33.3x faster than one of partition; computing the features first "
+        "pays off from the second epoch on, for 500 kB per batch."
     )
 
 
@@ -562,8 +562,8 @@ def test_answer_names_the_gain_and_what_it_costs() -> None:
         (None, 0.3, "deep: no comparison: everything or partition was not timed."),
         (None, 0.3, "No comparison of hoist with partition"),
         (10.0, None, "No comparison of hoist with partition"),
-        (10.0, 15.0, "Do not use hoist: its step is 1.5x slower."),
-        (54.0, 0.3, "deep: train everything: partition is 2.0x slower."),
+        (10.0, 15.0, "Do not use hoist: its step is 1.5x slower than partition's."),
+        (54.0, 0.3, "deep: train everything; partition is 2.0x slower."),
     ],
 )
 def test_answer_says_what_was_slower_or_not_timed(
