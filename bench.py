@@ -2135,7 +2135,7 @@ def answer_devices(rows: Sequence[Row]) -> str:
     where = {"devices": last["devices"], "layout": last["layout"]}
     part = find(rows, method="partition", **where)
     whole = find(rows, method="everything", **where)
-    if part is None or whole is None:
+    if last["devices"] == 1 or part is None or whole is None:
         return ""
     if part["sent_bytes"] is None or whole["sent_bytes"] is None:
         return ""

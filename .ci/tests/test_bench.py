@@ -1,4 +1,4 @@
-"""Tests of bench.py and .ci/peers.py: figures by hand, promises and past faults."""
+"""Tests of bench.py and .ci/peers.py: figures by hand, promises and past bugs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import minifreeze as mf
 
 TOP = Path(bench.__file__).parent
 CARD = {"peak_flops": 200.0, "peak_bytes_per_s": 30.0}
-SHORT = {  # figures without meaning, in no time
+SHORT = {  # makes runs short and their figures meaningless
     "SAMPLE_S": 1e-9,
     "MAX_CALLS": 1,
     "PEAK_VECTOR_BYTES": 2**12,
@@ -40,7 +40,7 @@ SMALL = ["--sizes", "8", "16", "4", "--batch", "8", "--rounds", "1"]
 # ----------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly() -> Iterator[None]:
-    """Optimising takes longer than all else, and no test depends on it."""
+    """Turns off compiler optimizations, which take long and no test depends on."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     before = jax.config.values[name.lower()]
     with pytest.MonkeyPatch.context() as patch:
@@ -52,14 +52,14 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes runs of bench.main short, and lets them end without ending the tests."""
+    """Makes runs of bench.main short, and keeps them from ending the tests."""
     monkeypatch.setattr("os._exit", sys.exit)
     for name, value in SHORT.items():
         monkeypatch.setattr(bench, name, value)
 
 
 class Ended:
-    """How a run of bench.main in this process has ended."""
+    """Runs bench.main in this process; stores its exit code and its output."""
 
     def __init__(self, capsys: Any, *options: object) -> None:
         with pytest.raises(SystemExit) as ended:
@@ -92,7 +92,7 @@ def result(
 
 
 def row_of(method: str, *results: bench.Result) -> bench.Row:
-    """The row of one method among results that were timed together."""
+    """Returns the row of one method among results that were timed together."""
     row = bench.find(bench.rows_of(results, CARD), method=method)
     assert row is not None
     return row
@@ -104,11 +104,11 @@ def options_of(*typed: str) -> Any:
 
 # ---------------------------------------------------------------------- the clock
 class FakeClock:
-    """A clock that moves only when a step is taken."""
+    """A clock that advances only when a step runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        self.log: list[tuple[str, Any]] = []  # the steps, with the state each was given
+        self.log: list[tuple[str, Any]] = []  # (step, its input state)
         fake_time = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(bench, "time", fake_time)
 
@@ -185,7 +185,7 @@ def products_by_hand(
     weights: list[int],
     inputs: list[int],
 ) -> int:
-    """2 x batch x in x out for each layer named, once for each list that it is in."""
+    """Adds 2 x batch x in x out for each layer, once per list that contains it."""
     layers = [*forward, *weights, *inputs]
     return sum(2 * batch * sizes[i] * sizes[i + 1] for i in layers)
 
@@ -292,7 +292,7 @@ def test_collectives_of_a_program(hlo: str, result_bytes: int, sent_by_4: int) -
 
 
 class FakeJitted:
-    """A step whose compiler says what a test wants it to say."""
+    """A step with the compiler figures that a test chooses."""
 
     def __init__(self, flops: float | None) -> None:
         sizes = {"argument": 100, "output": 57, "alias": 23, "temp": 6}
@@ -597,7 +597,7 @@ def test_answer_gives_no_verdict_inside_the_noise() -> None:
 def moving(
     changes: Mapping[str, Any], loss: float = 0.0, group: str | None = ""
 ) -> bench.Step:
-    """A step whose parameters, three zeros each, change so."""
+    """Returns a step that moves each parameter from three zeros by these changes."""
     change = {name: jnp.array(values, jnp.float32) for name, values in changes.items()}
     zeros = jax.tree.map(jnp.zeros_like, change)
     return bench.Step(
@@ -702,7 +702,7 @@ def test_other_errors_are_not_hidden(short: None) -> None:
 # ------------------------------------------------------------------- a whole run
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    """A run of all tables, as it is typed: JSON file, plot, and printed lines."""
+    """Runs all tables in a process; returns the JSON file, the plot and the lines."""
     folder = tmp_path_factory.mktemp("run")
     file, plot = folder / "run.json", folder / "run.png"
     short = """if True:
@@ -1033,7 +1033,7 @@ def test_a_plot_of_nothing_keeps_the_old_one(tmp_path: Path) -> None:
 
 
 def raise_at(text: str, error: BaseException) -> Callable[..., None]:
-    """A `say` that raises an error after it has said a text."""
+    """Returns a `say` that raises an error after it has printed a text."""
 
     def say(*texts: str, **options: Any) -> None:
         print(*texts, **options)
@@ -1144,7 +1144,7 @@ def free_port() -> int:
 
 
 def start_both(*typed: object, others: tuple[object, ...] = ()) -> Any:
-    """Starts a cluster of two processes, the second with other options, too."""
+    """Starts a cluster of two processes, the second with some more options."""
     joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
     first = start(*typed, *joined, "--process", 0)
     second = start(*typed, *joined, "--process", 1, *others)
