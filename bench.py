@@ -159,7 +159,7 @@ class Problem:
     """
 
     name: str
-    where: mf.Where
+    where: str | Sequence[str]  # patterns
     loss: Function
     params: Tree
     batch: tuple[Tree, ...]
@@ -201,28 +201,17 @@ def partition(problem: Problem) -> Gradients:
 def hoist(problem: Problem) -> Gradients:
     """Computes whatever depends on no trainable leaf once per batch."""
     trainable, frozen = mf.partition(problem.where, problem.params)
+    args = (frozen, *problem.batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        once, rest = mf.hoist(merged_loss(problem), trainable, frozen, *problem.batch)
-    nothing_to_hoist = False
-    for warning in caught:
-        if str(warning.message).startswith("hoist"):
-            nothing_to_hoist = True
-        else:  # a warning of your own model
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-
-    def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
-        return once(*args), ()
-
-    # keep_unused: each timed call must wait for the one before it.
-    compute = jax.jit(compute, keep_unused=True)
-    args = (frozen, *problem.batch)
+        once, rest = mf.hoist(merged_loss(problem), trainable, *args)
     features = jax.jit(once)(*args)
-    random = draws_random_numbers(jax.make_jaxpr(once)(*args).jaxpr)
-    step = Step(compute, init=lambda: jax.tree.map(jnp.copy, features), args=args)
-    hoisted = Hoisted(features, step, nothing_to_hoist, random)
+    hoisted = Hoisted(
+        features,
+        compute=features_step(once, args, features),
+        nothing_to_hoist=hoist_warned(caught),
+        random=draws_random_numbers(jax.make_jaxpr(once)(*args).jaxpr),
+    )
     return Gradients(jax.value_and_grad(rest), trainable, (frozen, features), hoisted)
 
 
@@ -430,12 +419,7 @@ def measure(builds: Mapping[Case, Build], options: Namespace) -> list[Result]:
     timings: dict[tuple[Case, str], Timing] = {}
     if not any(case.simulated for case in builds):
         check_same_step(steps_to_check(steps, builds))
-        to_time: dict[tuple[Case, str], Step] = {}
-        for case, step in steps.items():
-            to_time[case, "step"] = step
-            if step.hoisted is not None:
-                to_time[case, "features"] = step.hoisted.compute
-        timings = time_rounds(to_time, options.rounds)
+        timings = time_rounds(steps_to_time(steps), options.rounds)
 
     peak = peak_memory_bytes()
     results = []
@@ -538,7 +522,7 @@ def mlp(
     name: str,
     sizes: tuple[int, ...],
     rows: int,
-    where: mf.Where,
+    where: str | Sequence[str],
     dtype: str = "float32",
     abstract: bool = False,
 ) -> Problem:
@@ -635,6 +619,30 @@ def same_step_group(case: Case) -> str:
 Arrays = dict[Any, np.ndarray[Any, Any]]  # by key path, on the host
 
 
+def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
+    """Returns the step that computes hoist's features; its state is the last ones."""
+
+    def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
+        return once(*args), ()
+
+    # keep_unused: each timed call must wait for the one before it.
+    compute = jax.jit(compute, keep_unused=True)
+    return Step(compute, init=lambda: jax.tree.map(jnp.copy, features), args=args)
+
+
+def hoist_warned(caught: Sequence[warnings.WarningMessage]) -> bool:
+    """Tells whether minifreeze.hoist warned; shows the warnings of your own model."""
+    warned = False
+    for warning in caught:
+        if str(warning.message).startswith("hoist"):
+            warned = True
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return warned
+
+
 def deviation(start: Any, got: Any, wanted: Any) -> str | None:
     """Describes how a parameter differs from the expected one after a step.
 
@@ -694,6 +702,16 @@ def steps_to_check(
             found[case] = step
         elif by_sgd not in steps:
             found[by_sgd] = builds[case](by_sgd)
+    return found
+
+
+def steps_to_time(steps: Mapping[Case, Step]) -> dict[tuple[Case, str], Step]:
+    """Returns each case's step, and the computation of hoist's features."""
+    found: dict[tuple[Case, str], Step] = {}
+    for case, step in steps.items():
+        found[case, "step"] = step
+        if step.hoisted is not None:
+            found[case, "features"] = step.hoisted.compute
     return found
 
 
@@ -1985,12 +2003,10 @@ def hoist_notes(row: Row) -> list[str]:
 
 def describe(problem: Problem) -> str:
     """Returns a table's title; for your own model with a list of its parameters."""
-    where = "leaves selected by a predicate"
-    if isinstance(problem.where, str):
-        where = problem.where
-    elif isinstance(problem.where, Sequence):
-        where = " ".join(problem.where)
-    text = f"{problem.name}: train {where}"
+    patterns = problem.where
+    if not isinstance(patterns, str):
+        patterns = " ".join(patterns)
+    text = f"{problem.name}: train {patterns}"
     if problem.sizes:
         text += f" of {sizes_text(problem.sizes)}"
     text += f", batch {problem.rows}"
