@@ -1585,8 +1585,9 @@ def finish(report: Report) -> None:
     try:
         if report.tables and jax.process_index() == 0:
             write_files(report)
-            say()
-            say(answer([table.rows for table in report.tables]))
+            conclusion = answer([table.rows for table in report.tables])
+            if conclusion:
+                say(f"\n{conclusion}")
     except OSError as error:
         report.fail(error)
 
@@ -1937,6 +1938,8 @@ def speedup_text(row: Row) -> str:
         return ""
     if row["method"] != "everything" and not row["differs"]:
         return NO_DIFFERENCE
+    if row["speedup"] < 1:
+        return f"{times(1 / row['speedup'])} slower"
     return times(row["speedup"])
 
 

@@ -380,6 +380,12 @@ def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
     assert rows[1]["samples"] == (0.5, 2.0, 2.0)
 
 
+def test_a_slower_method_is_called_slower() -> None:
+    everything, slow = result("everything", 2.0), result("partition", 8.0)
+    row = row_of("partition", everything, slow)
+    assert bench.speedup_text(row) == "4.0x slower"
+
+
 def test_overlapping_intervals_are_no_difference() -> None:
     everything = result("everything", 3.0, 4.0, 5.0)
     row = row_of("partition", everything, result("partition", 2.0, 3.0, 4.0))
