@@ -10,10 +10,10 @@
     uv run bench.py --compile-only --devices 8 64 512      # simulated devices
     uv run --with "jax[tpu]" bench.py --compile-only --topology v5e:16x16  # a TPU pod
 
-The file has two halves. The first one is the benchmark: the ways to freeze, the check
-that they all take the same step, the clock, and the path from a case to its result. The
-second one, below the banner, has all the rest: the optimizers, what the compiler says,
-several devices, the other tables, your own model, the options and the output.
+The file has two halves. The first is the benchmark: the methods, the check that all of
+them take the same step, the timing, and the path from a case to its result. The second,
+below the banner, holds everything else: optimizers, figures from the compiler, several
+devices, other tables, your own model, options and output.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from __future__ import annotations
 import os
 import signal
 
-if (
-    __name__ == "__main__"
-):  # importing JAX takes a second, in which you may press Ctrl-C
+if __name__ == "__main__":
+    # Exit quietly on Ctrl-C while JAX is being imported (about 1 s).
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
 
@@ -42,30 +41,31 @@ import time
 import warnings
 import zlib
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import minifreeze as mf
 
 Tree = Any  # a pytree of arrays, or of their shapes
 Function = Callable[..., Any]
+Key = TypeVar("Key", bound=Hashable)
 
 SAMPLE_S = 0.05  # a sample lasts about this long
-MAX_CALLS = 10_000  # in one sample
-PEAK_VECTOR_BYTES = 2**28  # more than the caches of CPUs and GPUs hold
-NOTHING_TO_HOIST = "nothing to hoist"
+MAX_CALLS = 10_000  # per sample
+PEAK_VECTOR_BYTES = 2**28  # larger than any CPU or GPU cache
 
 
 # ------------------------------------------------------------------- what is measured
@@ -75,14 +75,16 @@ class Case:
 
     table: str
     problem: str
-    method: str  # see METHODS
-    clip: bool = False  # whether gradients are clipped by their global norm
+    method: str  # one of METHODS, or the name of another library's form
+    clip: bool = False  # clip the gradients by their global norm
     optimizer: str = "sgd"
+    donate: bool = True  # let the step overwrite its input state
+    frozen_layers: int | None = None  # in the prefix table
     devices: int = 1
     layout: str | None = None  # on several devices: "replicated" or "sharded"
     platform: str = field(default_factory=jax.default_backend)
-    simulated: bool = False  # compiled for devices that are not there, and never run
-    rows: int = 0  # in one training step, over all devices
+    simulated: bool = False  # compiled for absent devices; never run
+    rows: int = 0  # rows or tokens per training step, over all devices
     unit: str = "rows"  # or "tokens"
 
 
@@ -90,20 +92,28 @@ class Case:
 class Step:
     """How a case is run: ``fn(state, *args)`` returns ``(new state, loss)``.
 
-    ``fn`` may delete the state that it is given (donation), so each run starts with a
-    new one from ``init()``.
+    ``fn`` may donate its input state, so every run starts from a fresh ``init()``.
     """
 
     fn: Function
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
-    steps: int = 1  # training steps in one call of fn
-    update: str = ""  # steps with the same text here must move parameters alike
-    read: Callable[[Tree], Tree] = lambda state: state  # the parameters in a state
-    features: Step | None = None  # computes what hoist keeps for one batch, its args[1]
-    trainable_bytes: int | None = None  # on one device
-    written_bytes: int | None = None  # of those and of their moments
-    remark: str | None = None
+    steps: int = 1  # training steps per call of fn
+    # Steps in one group must produce the same update. None: compared with no other.
+    same_step_group: str | None = ""
+    get_params: Callable[[Tree], Tree] = lambda state: state  # the ones to compare
+    hoisted: Hoisted | None = None
+    trainable_bytes: int | None = None  # per device
+    written_bytes: int | None = None  # trainables + optimizer state, per device
+
+
+class Hoisted(NamedTuple):
+    """The features that hoist computes once per batch and stores."""
+
+    features: Tree  # of one batch
+    compute: Step  # computes them
+    nothing_to_hoist: bool = False  # minifreeze.hoist warned that they save nothing
+    random: bool = False  # some of them come from a random number generator
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def overlaps(self, other: Timing) -> bool:
-        """Whether the intervals median ± spread overlap."""
+        """Tells whether the intervals median ± spread overlap."""
         return abs(self.median - other.median) <= self.spread + other.spread
 
 
@@ -132,72 +142,77 @@ class Result:
 
     case: Case
     program: Program
-    timing: Timing | None = None  # None if it was not run
-    once: Timing | None = None  # hoist's features, in seconds per batch
-    peak_memory_bytes: int | None = None  # of the process so far, by its device
+    timing: Timing | None = None  # None if the case was not timed
+    once: Timing | None = None  # seconds to compute hoist's features of one batch
+    nothing_to_hoist: bool = False
+    # The device's high-water mark since the process started.
+    peak_memory_bytes: int | None = None
     remark: str | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects."""
+    """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects.
+
+    The loss must be a mean over the rows of the batch. On n devices the batch is n
+    copies of that of one device, and the update must not change.
+    """
 
     name: str
-    where: mf.Where
+    where: str | Sequence[str]  # patterns
     loss: Function
     params: Tree
     batch: tuple[Tree, ...]
     rows: int  # in the batch of one device
-    tokens: int | None = None  # in a row, if the batch is token ids
+    tokens: int | None = None  # per row, if the batch is token ids
     sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
     optimizer: Any = None  # of optax, if your own model has one
     sharding: Function = lambda leaf: None  # of a parameter, see place()
-    abstract: bool = False  # whether params and batch are shapes
+    abstract: bool = False  # params and batch are shapes, not arrays
 
 
 # ----------------------------------------------------------------- the ways to freeze
 class Gradients(NamedTuple):
     """How a method computes gradients: ``fn(params, *args)`` is ``(loss, grads)``.
 
-    ``params`` are the parameters that are differentiated and updated. ``args`` are
-    arguments, because XLA would fold arrays that ``fn`` closes over into the program.
+    ``params`` are the parameters that are differentiated and updated. Arrays are
+    passed in ``args``, not closed over: XLA would embed them as constants.
     """
 
     fn: Function
     params: Tree
     args: tuple[Tree, ...]
-    features: Callable[[], Tree] | None = None  # computes args[1]
-    remark: str | None = None
+    hoisted: Hoisted | None = None
 
 
 def everything(problem: Problem) -> Gradients:
-    """Trains all parameters: what the other methods are compared with."""
+    """Trains every parameter: the baseline."""
     fn = jax.value_and_grad(problem.loss)
     return Gradients(fn, problem.params, problem.batch)
 
 
 def partition(problem: Problem) -> Gradients:
-    """Differentiates the trainable part only."""
+    """Differentiates with respect to the trainable part only."""
     trainable, frozen = mf.partition(problem.where, problem.params)
     fn = jax.value_and_grad(merged_loss(problem))
     return Gradients(fn, trainable, (frozen, *problem.batch))
 
 
 def hoist(problem: Problem) -> Gradients:
-    """Like partition, but computes once per batch what no trainable leaf changes."""
+    """Computes whatever depends on no trainable leaf once per batch."""
     trainable, frozen = mf.partition(problem.where, problem.params)
+    args = (frozen, *problem.batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        once, rest = mf.hoist(merged_loss(problem), trainable, frozen, *problem.batch)
-
-    remark = None
-    if any(str(warning.message).startswith("hoist") for warning in caught):
-        remark = NOTHING_TO_HOIST
-    elif "random_bits" in str(jax.make_jaxpr(once)(frozen, *problem.batch)):
-        remark = "random numbers are drawn once per batch and kept"
-    features = partial(jax.jit(once), frozen, *problem.batch)
-    args = (frozen, features())
-    return Gradients(jax.value_and_grad(rest), trainable, args, features, remark)
+        once, rest = mf.hoist(merged_loss(problem), trainable, *args)
+    features = jax.jit(once)(*args)
+    hoisted = Hoisted(
+        features,
+        compute=features_step(once, args, features),
+        nothing_to_hoist=hoist_warned(caught),
+        random=draws_random_numbers(jax.make_jaxpr(once)(*args).jaxpr),
+    )
+    return Gradients(jax.value_and_grad(rest), trainable, (frozen, features), hoisted)
 
 
 def stop_gradient(problem: Problem) -> Gradients:
@@ -223,7 +238,7 @@ def zeroed_gradients(problem: Problem) -> Gradients:
 
 
 def merged_loss(problem: Problem) -> Function:
-    """The loss as a function of the two parts of the parameters."""
+    """Returns the loss as a function of the two parts of the parameters."""
 
     def loss(trainable: Tree, frozen: Tree, *batch: Tree) -> Any:
         return problem.loss(mf.merge(trainable, frozen), *batch)
@@ -237,8 +252,8 @@ METHODS: dict[str, Callable[[Problem], Gradients]] = {
     "hoist": hoist,
     "stop_gradient": stop_gradient,
     "zeroed gradients": zeroed_gradients,
-    "stop_gradient, not donated": stop_gradient,
 }
+MAIN_METHODS = ("everything", "partition", "hoist")
 
 
 def build_step(problem: Problem, case: Case) -> Step:
@@ -257,91 +272,100 @@ def build_step(problem: Problem, case: Case) -> Step:
     def start(params: Tree) -> Tree:
         return jax.tree.map(jnp.copy, params), optimizer.init(params)
 
-    shapes = jax.eval_shape(start, gradients.params)
-    shardings = jax.tree.map(problem.sharding, shapes)
+    def state_shapes(params: Tree) -> Tree:
+        def with_place(leaf: Any) -> Any:
+            return with_sharding(leaf, problem.sharding(leaf))
+
+        return jax.tree.map(with_place, jax.eval_shape(start, params))
+
+    shapes = state_shapes(gradients.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
     def init() -> Tree:
         if problem.abstract:
-            return jax.tree.map(with_sharding, shapes, shardings)
+            return shapes
         return jax.device_put(start(gradients.params), shardings)
 
-    def read(state: Tree) -> Tree:
+    def get_params(state: Tree) -> Tree:
         params, _ = state
-        if case.method == "everything":  # the other methods do not move the rest
+        if case.method == "everything":  # only this method also moves frozen leaves
             params, _ = mf.partition(problem.where, params)
         return params
 
-    trains = "*" if case.method == "everything" else problem.where
-    trainable, _ = mf.partition(trains, problem.params)
-    trainable_bytes = tree_bytes(trainable)
-    # The moments have a multiple of the parameters' bytes: 0 for SGD, 2 for Adam.
-    state_bytes = tree_bytes(jax.tree.map(with_sharding, shapes, shardings))
-    bytes_per_trained_byte = state_bytes / tree_bytes(gradients.params)
-    donated = () if case.method.endswith("not donated") else (0,)
+    trainable = problem.params
+    if case.method != "everything":
+        trainable, _ = mf.partition(problem.where, problem.params)
+    donated = (0,) if case.donate else ()
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
         init=init,
         args=gradients.args,
-        update=update_name(case),
-        read=read,
-        features=features_step(gradients),
-        trainable_bytes=trainable_bytes,
-        written_bytes=round(bytes_per_trained_byte * trainable_bytes),
-        remark=gradients.remark,
+        same_step_group=same_step_group(case),
+        get_params=get_params,
+        hoisted=gradients.hoisted,
+        trainable_bytes=tree_bytes(trainable),
+        written_bytes=tree_bytes(state_shapes(trainable)),
     )
 
 
 # -------------------------------------------------------- all must take the same step
-def check_same_step(cases: Mapping[Case, Step]) -> None:
-    """Raises FloatingPointError unless cases of one update move their parameters alike.
+def check_same_step(steps: Mapping[Case, Step]) -> None:
+    """Raises FloatingPointError unless all cases in a group take the same step.
 
-    Parameters that the first of them does not have must not move at all.
+    Parameters absent from the group's first case must stay unchanged.
     """
-    first: dict[str, tuple[Case, Arrays]] = {}
-    for case, step in cases.items():
+    references: dict[str, tuple[Case, Arrays]] = {}
+    for case, step in steps.items():
+        if step.same_step_group is None:
+            continue
         state = step.init()
-        before = to_host(step.read(state))
+        before = to_host(step.get_params(state))
         state, loss = step.fn(state, *step.args)
-        after = to_host(step.read(state))
+        after = to_host(step.get_params(state))
         if not jnp.isfinite(loss).all():
             raise FloatingPointError(f"{full_name(case)}: the loss is {loss}")
 
-        like, expected = first.setdefault(step.update, (case, after))
+        if step.same_step_group not in references:
+            references[step.same_step_group] = (case, after)
+        reference, expected = references[step.same_step_group]
         for path, leaf in after.items():
             wanted = expected.get(path, before[path])
-            wrong = difference(before[path], leaf, wanted)
-            if wrong is not None:
-                where = f"{full_name(case)}: {leaf_name(path)!r}"
-                raise FloatingPointError(f"{where} {wrong} (see {full_name(like)})")
+            problem = deviation(before[path], leaf, wanted)
+            if problem is None:
+                continue
+            message = f"{full_name(case)}: {leaf_name(path)!r} {problem}"
+            message += f" (reference: {full_name(reference)})"
+            if case.devices != reference.devices:
+                message += "; the loss must be a mean over the rows of the batch"
+            raise FloatingPointError(message)
 
 
-# -------------------------------------------------------------------------- the clock
+# ------------------------------------------------------------------------- the timing
 def run_calls(step: Step, state: Tree, calls: int) -> tuple[Tree, float]:
     """Calls a step, waits for its outputs, and returns (state, seconds)."""
-    start = time.perf_counter()
     loss = None
+    start = time.perf_counter()
     for _ in range(calls):
         state, loss = step.fn(state, *step.args)
-    block_until_ready((state, loss))
+    jax.block_until_ready((state, loss))
     seconds = time.perf_counter() - start
-    return state, from_first_process(seconds)  # all processes go by one clock
+    return state, from_first_process(seconds)  # every process uses process 0's timing
 
 
 def calibrate(step: Step) -> int:
-    """Returns how many calls a sample of about SAMPLE_S needs. None of them is kept."""
+    """Returns how many calls last about SAMPLE_S. These timings are discarded."""
     state, _ = run_calls(step, step.init(), 1)  # compiles
     calls = 1
-    while calls < MAX_CALLS:
+    while True:
         state, seconds = run_calls(step, state, calls)
-        if seconds >= SAMPLE_S:
-            break
-        calls *= 2
-    return calls
+        if seconds >= SAMPLE_S or calls >= MAX_CALLS:
+            return calls
+        calls = min(2 * calls, MAX_CALLS)
 
 
 def sample(step: Step, calls: int) -> float:
     """Returns the seconds per training step, measured over a number of calls."""
-    # Untimed: the case before this one has filled the caches with its own arrays.
+    # Untimed warm-up: the previous case evicted our arrays from the caches.
     state, _ = run_calls(step, step.init(), 1)
     gc.disable()  # as timeit does
     try:
@@ -351,20 +375,20 @@ def sample(step: Step, calls: int) -> float:
     return seconds / (calls * step.steps)
 
 
-def time_rounds(cases: Mapping[Case, Step], rounds: int = 7) -> dict[Case, Timing]:
-    """Times each case once per round, in an order that is new in each round.
+def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]:
+    """Times each step once per round, in a fresh random order each round.
 
-    The number of calls in a sample is fixed before the first sample is taken.
+    The number of calls per sample is fixed before the first sample.
     """
-    calls = {case: calibrate(step) for case, step in cases.items()}
-    samples: dict[Case, list[float]] = {case: [] for case in cases}
-    order = list(cases)
-    generator = np.random.default_rng(0)  # all processes draw the same order
+    calls = {key: calibrate(step) for key, step in steps.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in steps}
+    keys = list(steps)
+    generator = np.random.default_rng(0)  # the same order in all processes
     for _ in range(rounds):
-        for index in generator.permutation(len(order)):
-            case = order[index]
-            samples[case].append(sample(cases[case], calls[case]))
-    return {case: Timing(tuple(seconds)) for case, seconds in samples.items()}
+        for index in generator.permutation(len(keys)):
+            key = keys[index]
+            samples[key].append(sample(steps[key], calls[key]))
+    return {key: Timing(tuple(seconds)) for key, seconds in samples.items()}
 
 
 # ---------------------------------------------------------------- from case to result
@@ -380,7 +404,7 @@ def measure(builds: Mapping[Case, Build], options: Namespace) -> list[Result]:
     """Builds and compiles cases, checks that their steps agree, and times them."""
     steps: dict[Case, Step] = {}
     programs: dict[Case, Program] = {}
-    remarks: dict[Case, str | None] = {}
+    remarks: dict[Case, str] = {}  # why a case is left out
     for case, build in builds.items():
         try:
             step = build(case)
@@ -388,49 +412,63 @@ def measure(builds: Mapping[Case, Build], options: Namespace) -> list[Result]:
             if not case.simulated:
                 run_calls(step, step.init(), 1)  # does it fit into memory?
         except Exception as error:
-            remarks[case] = why_left_out(error)  # raises all other errors again
+            remarks[case] = why_left_out(error)  # re-raises anything else
             continue
         steps[case] = step
-        remarks[case] = step.remark
 
-    timings: dict[Case, Timing] = {}
+    timings: dict[tuple[Case, str], Timing] = {}
     if not any(case.simulated for case in builds):
-        check_same_step(sgd_steps(steps, builds))
-        timings = time_rounds(steps | features_steps(steps), options.rounds)
+        check_same_step(steps_to_check(steps, builds))
+        timings = time_rounds(steps_to_time(steps), options.rounds)
 
     peak = peak_memory_bytes()
     results = []
     for case in builds:
-        program = programs.get(case, Program())
-        timing = timings.get(case)
-        once = timings.get(features_case(case))
-        results.append(Result(case, program, timing, once, peak, remarks[case]))
+        hoisted = steps[case].hoisted if case in steps else None
+        remark = remarks.get(case)
+        if hoisted is not None and hoisted.random:
+            remark = "random numbers are drawn once per batch and kept"
+        result = Result(
+            case,
+            program=programs.get(case, Program()),
+            timing=timings.get((case, "step")),
+            once=timings.get((case, "features")),
+            nothing_to_hoist=hoisted is not None and hoisted.nothing_to_hoist,
+            peak_memory_bytes=peak,
+            remark=remark,
+        )
+        results.append(result)
     return results
 
 
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
-    """One step by each method; for the last problem also clipped, and with Adam."""
+    """One step per method; the last problem is also run with clipping and with Adam."""
     for problem in problems:
-        problem = place(problem, jax.local_devices()[:1])
-        plain = case_of("methods", problem, options)
-        clipped = replace(plain, clip=True)
-        adam = replace(plain, optimizer="adam")
-
-        main_methods = ["everything", "partition", "hoist"]
-        donated = [*main_methods, "stop_gradient", "zeroed gradients"]
-        if problem.optimizer is not None:  # it might move the frozen parameters it sees
-            cases = [replace(plain, method=method) for method in main_methods]
-        elif problem.name != problems[-1].name:
-            cases = [replace(plain, method=method) for method in donated]
+        plain = first_case("methods", problem, options)
+        if problem.optimizer is not None:
+            # The other methods show it the frozen parameters, and an optimizer may
+            # update all parameters that it sees, e.g. by weight decay.
+            cases = [replace(plain, method=method) for method in MAIN_METHODS]
         else:
             cases = [replace(plain, method=method) for method in METHODS]
-            cases += [replace(clipped, method=method) for method in donated]
-            if options.optimizer == "sgd":
-                cases += [replace(adam, method=method) for method in main_methods]
-        builds: dict[Case, Build] = {
-            case: partial(build_step, problem) for case in cases
-        }
+            if problem is problems[-1]:
+                cases += variants(plain)
+        placed = place(problem, jax.local_devices()[:1])
+        builds: dict[Case, Build] = {}
+        for case in cases:
+            builds[case] = partial(build_step, placed)
         yield Table(describe(problem), measure(builds, options))
+
+
+def variants(plain: Case) -> list[Case]:
+    """Returns the cases without donation, with clipping, and with Adam."""
+    cases = [replace(plain, method="stop_gradient", donate=False)]
+    for method in METHODS:
+        cases.append(replace(plain, method=method, clip=True))
+    if plain.optimizer == "sgd":
+        for method in MAIN_METHODS:
+            cases.append(replace(plain, method=method, optimizer="adam"))
+    return cases
 
 
 def run(argv: Sequence[str] | None, report: Report) -> None:
@@ -443,20 +481,22 @@ def run(argv: Sequence[str] | None, report: Report) -> None:
     for name in options.tables:
         for table in TABLES[name](options, problems):
             rows = rows_of(table.results, report.card)
-            report.tables.append(rows)
+            report.tables.append(TableRows(table.title, rows))
             say(table_text(table.title, rows))
     report.ended = "complete"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark. What was measured is written, however the run ends."""
+    """Runs the benchmark. Writes whatever was measured, however the run ends."""
     report = Report()
     with Interrupts() as interrupts:
         try:
+            # The inner finally holds signals before an except clause can be
+            # interrupted.
             try:
                 run(argv, report)
             finally:
-                interrupts.hold()  # the writing below is not to be interrupted
+                interrupts.hold()
         except KeyboardInterrupt:
             report.ended = "interrupted"
         except Exception as error:
@@ -466,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 # ====================================================================================
-# The benchmark ends here. All that follows is what it is made of.
+# The benchmark ends here. Everything below is supporting code.
 # ====================================================================================
 
 
@@ -482,7 +522,7 @@ def mlp(
     name: str,
     sizes: tuple[int, ...],
     rows: int,
-    where: mf.Where,
+    where: str | Sequence[str],
     dtype: str = "float32",
     abstract: bool = False,
 ) -> Problem:
@@ -496,8 +536,8 @@ def mlp(
         return params, (x, y)
 
     def loss(params: Tree, x: jax.Array, y: jax.Array) -> Any:
-        everything, nothing = mf.partition("*", params)
-        return mf.loss_fn(everything, nothing, x, y)
+        trainable, frozen = mf.partition("*", params)
+        return mf.loss_fn(trainable, frozen, x, y)
 
     params, batch = jax.eval_shape(draw) if abstract else jax.jit(draw)()
     return Problem(name, where, loss, params, batch, rows, sizes=sizes)
@@ -558,14 +598,17 @@ def optimizer_of(problem: Problem, case: Case) -> Optimizer:
 
 
 def clip_by_global_norm(grads: Tree) -> Tree:
-    """Scales the gradients to a norm of at most CLIP_NORM. It reads all of them."""
+    """Scales the gradients to a norm of at most CLIP_NORM.
+
+    This keeps every gradient live.
+    """
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     scale = jnp.minimum(1, CLIP_NORM / jnp.sqrt(sum(squares)))
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
 
 
-def update_name(case: Case) -> str:
-    """The same for cases that must move the trainable parameters alike."""
+def same_step_group(case: Case) -> str:
+    """Names the group of cases that must update the parameters identically."""
     if not case.clip:
         return case.optimizer
     norm_of = "all" if case.method == "everything" else "trainable"
@@ -574,31 +617,54 @@ def update_name(case: Case) -> str:
 
 # ---------------------------------------------------------- details of the first half
 Arrays = dict[Any, np.ndarray[Any, Any]]  # by key path, on the host
-untyped: Any = jax  # for the functions of JAX that have no type annotations
-block_until_ready = untyped.block_until_ready
 
 
-def difference(start: Any, got: Any, wanted: Any) -> str | None:
-    """Says how far a parameter is from where it should be after a step, if it is far.
+def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
+    """Returns the step that computes hoist's features; its state is the last ones."""
 
-    A hundredth of its largest change is allowed, because GPUs multiply float32 in
-    TF32, and four roundings of its largest value.
+    def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
+        return once(*args), ()
+
+    # keep_unused: each timed call must wait for the one before it.
+    compute = jax.jit(compute, keep_unused=True)
+    return Step(compute, init=lambda: jax.tree.map(jnp.copy, features), args=args)
+
+
+def hoist_warned(caught: Sequence[warnings.WarningMessage]) -> bool:
+    """Tells whether minifreeze.hoist warned; shows the warnings of your own model."""
+    warned = False
+    for warning in caught:
+        if str(warning.message).startswith("hoist"):
+            warned = True
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return warned
+
+
+def deviation(start: Any, got: Any, wanted: Any) -> str | None:
+    """Describes how a parameter differs from the expected one after a step.
+
+    Tolerance: 1% of the largest change (GPUs use TF32 for float32 products) plus four
+    ulps of the largest value. Returns None within it.
     """
-    eps = float(untyped.numpy.finfo(got.dtype).eps)
+    finfo: Any = jnp.finfo  # it has no type annotations
+    eps = float(finfo(got.dtype).eps)
     start, got, wanted = np.float32(start), np.float32(got), np.float32(wanted)
     if not np.isfinite(got).all():
-        return "has a gradient that is not finite"
+        return "is not finite after the step"
     apart = np.abs(got - wanted).max(initial=0)
-    change = np.abs(wanted - start).max(initial=0)
-    value = np.abs(start).max(initial=0)
-    allowed = max(0.01, 8 * eps) * change + 4 * eps * value
-    if apart > allowed:
-        return f"differs by {apart:.3g}, {allowed:.3g} is allowed"
+    largest_change = np.abs(wanted - start).max(initial=0)
+    largest_value = np.abs(start).max(initial=0)
+    tolerance = max(0.01, 8 * eps) * largest_change + 4 * eps * largest_value
+    if apart > tolerance:
+        return f"is off by {apart:.3g} (tolerance {tolerance:.3g})"
     return None
 
 
 def to_host(tree: Tree) -> Arrays:
-    """The whole leaves as NumPy arrays by key path, whichever process holds them."""
+    """Gathers every leaf, from all processes, as NumPy arrays keyed by path."""
     arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not leaf.is_fully_addressable:
@@ -612,8 +678,8 @@ def from_first_process(value: float) -> float:
 
 
 def why_left_out(error: Exception) -> str:
-    """The remark for a case that cannot be measured; other errors are raised again."""
-    if isinstance(error, ImportError):  # another library
+    """Returns the remark for a case that cannot run; re-raises anything else."""
+    if isinstance(error, ImportError):  # an optional library is missing
         return f"left out: {error}"
     out_of_memory = r"MemoryError|RESOURCE_EXHAUSTED|out.of.memory"
     # In a cluster the other processes would wait for this one forever.
@@ -622,12 +688,12 @@ def why_left_out(error: Exception) -> str:
     raise error
 
 
-def sgd_steps(
+def steps_to_check(
     steps: Mapping[Case, Step], builds: Mapping[Case, Build]
 ) -> dict[Case, Step]:
-    """The same cases with SGD, to compare their first steps.
+    """Returns each case's step with SGD in the place of its optimizer.
 
-    The first step of Adam is the sign of the gradient, which a rounding error can turn.
+    The first step of Adam is essentially the gradient's sign, which rounding can flip.
     """
     found: dict[Case, Step] = {}
     for case, step in steps.items():
@@ -639,36 +705,24 @@ def sgd_steps(
     return found
 
 
-def features_case(case: Case) -> Case:
-    return replace(case, method=f"features of {case.method}")
-
-
-def features_step(gradients: Gradients) -> Step | None:
-    """The step that computes hoist's features, and has no state."""
-    compute = gradients.features
-    if compute is None:
-        return None
-    return Step(lambda state: (state, compute()), init=lambda: ())
-
-
-def features_steps(steps: Mapping[Case, Step]) -> dict[Case, Step]:
-    found = {}
+def steps_to_time(steps: Mapping[Case, Step]) -> dict[tuple[Case, str], Step]:
+    """Returns each case's step, and the computation of hoist's features."""
+    found: dict[tuple[Case, str], Step] = {}
     for case, step in steps.items():
-        if step.features is not None:
-            found[features_case(case)] = step.features
+        found[case, "step"] = step
+        if step.hoisted is not None:
+            found[case, "features"] = step.hoisted.compute
     return found
 
 
-def case_of(table: str, problem: Problem, options: Namespace) -> Case:
-    """The case that trains all of a problem on one device."""
-    return Case(
-        table=table,
-        problem=problem.name,
-        method="everything",
-        optimizer=options.optimizer if problem.optimizer is None else "optax",
-        rows=problem.rows * (problem.tokens or 1),
-        unit="rows" if problem.tokens is None else "tokens",
-    )
+def first_case(table: str, problem: Problem, options: Namespace) -> Case:
+    """Returns the case of training everything on one device."""
+    case = Case(table, problem.name, "everything", rows=problem.rows)
+    if problem.tokens is not None:
+        case = replace(case, rows=problem.rows * problem.tokens, unit="tokens")
+    if problem.optimizer is not None:
+        return replace(case, optimizer="optax")
+    return replace(case, optimizer=options.optimizer)
 
 
 def peak_memory_bytes() -> int | None:
@@ -681,11 +735,11 @@ def leaf_name(path: Any) -> str:
 
 
 def with_sharding(leaf: Any, sharding: Any) -> Any:
-    return untyped.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def tree_bytes(tree: Tree) -> int:
-    """The bytes of a tree's arrays on one device."""
+    """Adds up the bytes of a tree's arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
@@ -698,19 +752,19 @@ def tree_bytes(tree: Tree) -> int:
 # ------------------------------------------------------------- the compiler's figures
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says about a step; all figures are for one device."""
+    """What the compiler says about a step; all figures are per device."""
 
     compile_s: float | None = None
-    flops: int | None = None  # as XLA counts them, if it counts at least the products
+    flops: int | None = None  # XLA's count; None if it misses matrix products
     flops_min: int | None = None  # of the matrix products and convolutions alone
-    bytes_min: int | None = None  # arguments read once, what trains written once
-    memory_bytes: int | None = None  # all that is resident, and temporaries
+    bytes_min: int | None = None  # arguments read once, trainables + state written once
+    memory_bytes: int | None = None  # resident arrays plus temporaries
     temp_bytes: int | None = None
     unused_bytes: int | None = None  # resident, but not read by the step
     trainable_bytes: int | None = None
-    kept_bytes: int | None = None  # what hoist keeps for one batch
+    kept_bytes: int | None = None  # hoist's features of one batch
     collective_bytes: int | None = None  # results of the collectives
-    sent_bytes: int | None = None  # what a ring sends for them
+    sent_bytes: int | None = None  # sent for them in a ring
 
 
 def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
@@ -719,9 +773,11 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     Args:
         step: a step whose ``fn`` has ``lower``, as jitted functions have.
         devices: how many devices share the work evenly.
-        batches: in an epoch, because the features of each stay in memory.
+        batches: batches per epoch; the features of each stay in memory.
     """
-    kept_bytes = tree_bytes(step.args[1]) if step.features is not None else None
+    kept_bytes = None
+    if step.hoisted is not None:
+        kept_bytes = tree_bytes(step.hoisted.features)
     program = Program(trainable_bytes=step.trainable_bytes, kept_bytes=kept_bytes)
     if not hasattr(step.fn, "lower"):
         return program
@@ -737,42 +793,68 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     )
 
     if hasattr(step.fn, "trace"):
-        jaxpr, used = without_dead_code(step.fn.trace(*arguments).jaxpr)
-        flops = product_flops(jaxpr) // (step.steps * devices)
-        unused = [
-            leaf for leaf, read in zip(jax.tree.leaves(arguments), used) if not read
-        ]
-        program = replace(program, flops_min=flops, unused_bytes=tree_bytes(unused))
-    flops = int((compiled.cost_analysis() or {}).get("flops", -1))
-    # XLA misses calls of libraries, and all but one iteration of a scan.
-    if flops >= (program.flops_min or 0):
-        program = replace(program, flops=flops)
+        jaxpr, is_read = without_dead_code(step.fn.trace(*arguments).jaxpr)
+        unused = []
+        for leaf, leaf_is_read in zip(jax.tree.leaves(arguments), is_read):
+            if not leaf_is_read:
+                unused.append(leaf)
+        flops_min = product_flops(jaxpr) // (step.steps * devices)
+        unused_bytes = tree_bytes(unused)
+        program = replace(program, flops_min=flops_min, unused_bytes=unused_bytes)
+    # XLA does not count library calls and counts a loop body only once.
+    costs = compiled.cost_analysis() or {}
+    if costs.get("flops", -1) >= (program.flops_min or 0):
+        program = replace(program, flops=int(costs["flops"]))
 
     memory = compiled.memory_analysis()
     if memory is None:
         return program
-    arguments_bytes, temporary = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
+    memory_bytes = (
+        memory.argument_size_in_bytes
+        + (program.unused_bytes or 0)  # jit drops arguments that it does not read
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes  # outputs that overwrite donated arguments
+        + memory.temp_size_in_bytes
+        + (kept_bytes or 0) * (batches - 1)  # the features of the other batches
     )
-    results = memory.output_size_in_bytes
-    resident = arguments_bytes + results - memory.alias_size_in_bytes
-    resident += program.unused_bytes or 0
-    resident += (kept_bytes or 0) * (batches - 1)
+    bytes_min = None
+    if step.steps == 1:  # a scan may keep parameters in a cache between its steps
+        bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
     return replace(
         program,
-        bytes_min=arguments_bytes // step.steps + (step.written_bytes or 0),
-        memory_bytes=resident + temporary,
-        temp_bytes=temporary,
+        bytes_min=bytes_min,
+        memory_bytes=memory_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
     )
 
 
-def without_dead_code(closed: Any) -> tuple[Any, list[bool]]:
-    """Returns the jaxpr of what its results need, and which arguments they need."""
+def without_dead_code(closed_jaxpr: Any) -> tuple[Any, list[bool]]:
+    """Returns the jaxpr after dead-code elimination, and a used-flag per argument."""
     from jax.interpreters.partial_eval import dce_jaxpr
 
-    jaxpr = closed.jaxpr
+    jaxpr = closed_jaxpr.jaxpr
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Returns the jaxprs among an equation's parameters."""
+    found = []
+    for param in eqn.params.values():
+        values = param if isinstance(param, tuple) else [param]
+        for value in values:
+            jaxpr = getattr(value, "jaxpr", value)  # of a ClosedJaxpr
+            if hasattr(jaxpr, "eqns"):
+                found.append(jaxpr)
+    return found
+
+
+def draws_random_numbers(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "random_bits":
+            return True
+        if any(draws_random_numbers(inner) for inner in inner_jaxprs(eqn)):
+            return True
+    return False
 
 
 def product_flops(jaxpr: Any) -> int:
@@ -780,6 +862,7 @@ def product_flops(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
+        inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(eqn)]
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -788,37 +871,29 @@ def product_flops(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             total += 2 * convolution_products(eqn)
         elif name == "cond":  # the branch with the most work
-            total += max(
-                product_flops(branch.jaxpr) for branch in eqn.params["branches"]
-            )
+            total += max(inner)
+        elif name == "scan":
+            total += eqn.params["length"] * sum(inner)
         else:  # a while loop counts once: its length is not known
-            times = eqn.params["length"] if name == "scan" else 1
-            for inner in inner_jaxprs(eqn.params):
-                total += times * product_flops(inner)
+            total += sum(inner)
     return total
 
 
-def inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in params.values():
-        inner = getattr(value, "jaxpr", value)  # of a ClosedJaxpr
-        if hasattr(inner, "eqns"):
-            yield inner
-
-
 def convolution_products(eqn: Any) -> int:
-    """Counts the multiplications of a convolution, those with padding left out."""
+    """Counts the multiplications of a convolution, excluding padding."""
     image, kernel = (variable.aval.shape for variable in eqn.invars)
     output = eqn.outvars[0].aval.shape
     image_spec, kernel_spec, output_spec = eqn.params["dimension_numbers"]
-    count = output[output_spec[0]] * output[output_spec[1]] * kernel[kernel_spec[1]]
-    for axis, (before, _) in enumerate(eqn.params["padding"]):
+    batch, out_channels = output[output_spec[0]], output[output_spec[1]]
+    in_channels_per_group = kernel[kernel_spec[1]]
+    count = batch * out_channels * in_channels_per_group
+    for axis, (padding_before, _) in enumerate(eqn.params["padding"]):
         stride = eqn.params["window_strides"][axis]
         image_step = eqn.params["lhs_dilation"][axis]
         kernel_step = eqn.params["rhs_dilation"][axis]
-        outputs = np.arange(output[output_spec[2 + axis]]) * stride  # (outputs,)
+        windows = np.arange(output[output_spec[2 + axis]]) * stride  # (outputs,)
         taps = np.arange(kernel[kernel_spec[2 + axis]]) * kernel_step  # (taps,)
-        position = outputs[:, None] + taps - before  # in the dilated image
+        position = windows[:, None] + taps - padding_before  # in the dilated image
         last = (image[image_spec[2 + axis]] - 1) * image_step
         inside = (position >= 0) & (position <= last) & (position % image_step == 0)
         count *= int(inside.sum())
@@ -838,7 +913,7 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         for them in a ring. A collective in a loop counts once.
     """
     n = devices
-    sent_per_byte = {
+    sent_per_byte = {  # of the result, which for reduce-scatter is 1/n of the input
         "all-reduce": 2 * (n - 1) / n,
         "all-gather": (n - 1) / n,
         "reduce-scatter": n - 1,
@@ -851,17 +926,20 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         operation = OPERATION.search(line)
         if operation is None:
             continue
-        # An asynchronous collective has a -start and a -done, whose result is the same.
+        # An asynchronous collective appears as -start and -done. Count only -done,
+        # whose result matches the synchronous form.
         name = operation["name"].removesuffix("-done")
+        if name not in sent_per_byte:
+            continue
         # On TPUs one collective may stand in several fusions, with one channel.
         channel = re.search(r"channel_id=\d+", line)
-        if name not in sent_per_byte or (channel and channel[0] in channels):
-            continue
-        if channel:
+        if channel is not None:
+            if channel[0] in channels:
+                continue
             channels.add(channel[0])
         for array in ARRAY.finditer(operation["result"]):
             size = math.prod(int(axis) for axis in array["shape"].split(",") if axis)
-            size = size * int(array["bits"] or 8) // 8  # a pred takes a byte
+            size = size * int(array["bits"] or 8) // 8  # a pred is one byte
             total += size
             sent += size * sent_per_byte[name]
     return total, round(sent)
@@ -874,26 +952,25 @@ def place(
     sharded: bool = False,
     abstract: bool = False,
 ) -> Problem:
-    """Puts a problem on devices, with a batch of its own size for each of them.
+    """Places a problem on devices, giving each device its own copy of the batch.
 
     Args:
         problem: with arrays or shapes.
         devices: they share the rows of the batch.
-        sharded: whether they share each parameter, too, by the first axis that they
-            divide evenly. Otherwise each device holds all parameters.
-        abstract: whether the result has shapes in the place of arrays.
+        sharded: also shard each parameter along its first evenly divisible axis.
+            Otherwise each device stores all parameters.
+        abstract: return shapes instead of arrays.
     """
     mesh = Mesh(np.array(devices), ("data",))
     count = len(devices)
 
-    def sharding(leaf: Any) -> NamedSharding:
-        axes = [
-            axis for axis, size in enumerate(leaf.shape) if size and size % count == 0
-        ]
-        if not sharded or not axes:
-            return NamedSharding(mesh, untyped.sharding.PartitionSpec())
-        before = [None] * axes[0]
-        return NamedSharding(mesh, untyped.sharding.PartitionSpec(*before, "data"))
+    def sharding_of(param: Any) -> NamedSharding:
+        if sharded:
+            for axis, size in enumerate(param.shape):
+                if size and size % count == 0:
+                    before = [None] * axis
+                    return NamedSharding(mesh, PartitionSpec(*before, "data"))
+        return NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:
         if abstract:
@@ -902,51 +979,65 @@ def place(
 
     def put_batch(leaf: Any) -> Any:
         if leaf.shape[:1] != (problem.rows,):  # for instance a random key
-            return put(leaf, NamedSharding(mesh, untyped.sharding.PartitionSpec()))
+            return put(leaf, NamedSharding(mesh, PartitionSpec()))
         if abstract:
             shape = (count * problem.rows, *leaf.shape[1:])
-            leaf = untyped.ShapeDtypeStruct(shape, leaf.dtype)
+            leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
         elif count > 1:
             leaf = jnp.concatenate([leaf] * count)
-        return put(leaf, NamedSharding(mesh, untyped.sharding.PartitionSpec("data")))
+        return put(leaf, NamedSharding(mesh, PartitionSpec("data")))
 
-    params = jax.tree.map(lambda leaf: put(leaf, sharding(leaf)), problem.params)
+    params = jax.tree.map(lambda leaf: put(leaf, sharding_of(leaf)), problem.params)
     batch = jax.tree.map(put_batch, problem.batch)
     placed = replace(problem, params=params, batch=batch)
-    return replace(placed, sharding=sharding, abstract=abstract)
+    return replace(placed, sharding=sharding_of, abstract=abstract)
 
 
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
     """One data-parallel step of the last problem, on several devices."""
     problem, devices = problems[-1], usable_devices(options)
-    processes = jax.process_count()
-    counts = options.devices
-    if counts is None and options.topology:
-        counts = [len(devices)]
-    elif counts is None and options.compile_only:
-        counts = [1, 2, 4, 8]
-    elif counts is None:
-        powers = [processes * 2**i for i in range(20)]
-        counts = [count for count in powers if 1 < count <= len(devices)]
-
     title = describe(problem)
-    simulated: dict[Case, Build] = {}
-    for count in counts:
-        # Several devices of one CPU share its cores: their times would mean nothing.
-        on_one_cpu = devices[0].platform == "cpu" and count > processes
+    timed, compiled = [], []
+    for count in device_counts(options, len(devices)):
+        # Devices of one CPU share its cores, so their times would mean nothing.
+        on_one_cpu = devices[0].platform == "cpu" and count > jax.process_count()
         if options.compile_only or on_one_cpu:
-            simulated |= device_cases(problem, devices[:count], options, simulated=True)
+            compiled.append(count)
         else:
-            cases = device_cases(problem, jax.local_devices()[:1], options)
-            if count > 1:
-                cases |= device_cases(problem, devices[:count], options)
-            yield Table(title, measure(cases, options))
+            timed.append(count)
+
+    for count in timed:
+        cases = device_cases(problem, jax.local_devices()[:1], options)
+        if count > 1:
+            cases |= device_cases(problem, devices[:count], options)
+        yield Table(title, measure(cases, options))
+    simulated: dict[Case, Build] = {}
+    for count in compiled:
+        simulated |= device_cases(problem, devices[:count], options, simulated=True)
     if simulated:
         compiled_for = options.topology or devices[0].platform
         title += f"\nas compiled for {compiled_for}, not run"
         yield Table(title, measure(simulated, options))
-    if options.devices is None and not options.compile_only and processes == 1:
+    alone = jax.process_count() == 1
+    if alone and options.devices is None and not options.compile_only:
         yield simulated_elsewhere(problem, options)
+
+
+def device_counts(options: Namespace, available: int) -> list[int]:
+    """Returns the numbers of devices to test."""
+    if options.devices is not None:
+        counts: list[int] = options.devices
+        return counts
+    if options.topology:
+        return [available]
+    if options.compile_only:
+        return [1, 2, 4, 8]
+    counts = []
+    count = 2 if jax.process_count() == 1 else jax.process_count()
+    while count <= available:
+        counts.append(count)
+        count *= 2
+    return counts
 
 
 def device_cases(
@@ -955,26 +1046,32 @@ def device_cases(
     options: Namespace,
     simulated: bool = False,
 ) -> dict[Case, Build]:
-    """Training everything and a part on some devices, replicated and sharded."""
-    count, kind = len(devices), devices[0].platform
-    case = case_of("devices", problem, options)
-    case = replace(case, devices=count, platform=kind, rows=case.rows * count)
+    """Returns the cases of everything and partition, in each layout."""
+    count, device_platform = len(devices), devices[0].platform
+    case = first_case("devices", problem, options)
+    case = replace(
+        case,
+        devices=count,
+        platform=device_platform,
+        simulated=simulated,
+        rows=case.rows * count,
+    )
     layouts = ["replicated"]
     # XLA for CPUs all-reduces gradients that it reduce-scatters for GPUs and TPUs.
-    if count > 1 and not (simulated and kind == "cpu"):
+    if count > 1 and not (simulated and device_platform == "cpu"):
         layouts.append("sharded")
 
     builds: dict[Case, Build] = {}
     for layout in layouts:
         placed = place(problem, devices, layout == "sharded", abstract=simulated)
         for method in ("everything", "partition"):
-            row = replace(case, method=method, layout=layout, simulated=simulated)
-            builds[row] = partial(build_step, placed)
+            built = replace(case, method=method, layout=layout)
+            builds[built] = partial(build_step, placed)
     return builds
 
 
 def usable_devices(options: Namespace) -> list[jax.Device]:
-    """The devices, in an order in which the processes take turns."""
+    """Returns the devices, interleaved across processes."""
     if options.topology:
         return topology_devices(options.topology)
     by_process: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
@@ -984,10 +1081,10 @@ def usable_devices(options: Namespace) -> list[jax.Device]:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The chips of a TPU pod that need not exist, for the compiler."""
+    """Returns a pod's chips for ahead-of-time compilation; no TPU needed."""
     from jax.experimental import topologies
 
-    # Without these libtpu looks for TPUs, and says at length that there are none.
+    # Otherwise libtpu looks for TPUs, and prints long warnings when it finds none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -998,54 +1095,55 @@ def topology_devices(name: str) -> list[jax.Device]:
             command = 'uv run --with "jax[tpu]" bench.py ...'
             raise ValueError(f"--topology needs the TPU compiler: {command}") from error
         names = "v5e:2x4, v5e:16x16, v6e:16x16 or v5p:4x4x4"
-        raise ValueError(
-            f"--topology {name}: {error}; use for example {names}"
-        ) from error
+        message = f"--topology {name}: {error}; use for example {names}"
+        raise ValueError(message) from error
     return list(found.devices)
 
 
 def simulated_elsewhere(problem: Problem, options: Namespace) -> Table:
-    """Compiles for 8 CPU devices in a new process: in this one JAX has counted them."""
+    """Compiles for 8 CPU devices in a new process.
+
+    JAX has already fixed this process's device count.
+    """
     with TemporaryDirectory() as folder:
         file = Path(folder, "devices.json")
         command = [sys.executable, __file__, *problem_options(options)]
         command += ["--compile-only", "--devices", "8", "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            said = done.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"the simulation of 8 devices failed: {said[-1]}")
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode != 0:
+            _, _, last_line = process.stderr.strip().rpartition("\n")
+            raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
         rows = json.loads(file.read_text("utf-8"))["rows"]
     title = f"{describe(problem)}\nas compiled for cpu, not run"
     return Table(title, [result_from(row) for row in rows])
 
 
 def problem_options(options: Namespace) -> list[str]:
-    """The options that define the problem, as they were typed."""
-    typed = ["--optimizer", options.optimizer, "--dtype", options.dtype]
+    """Returns the options that define the problem, as command-line arguments."""
+    arguments = ["--optimizer", options.optimizer, "--dtype", options.dtype]
     for name in ("model", "batch"):
         if getattr(options, name) is not None:
-            typed += [f"--{name}", str(getattr(options, name))]
+            arguments += [f"--{name}", str(getattr(options, name))]
     for name in ("sizes", "train", "freeze"):
         if getattr(options, name):
-            typed += [f"--{name}", *map(str, getattr(options, name))]
-    return typed
+            arguments += [f"--{name}", *map(str, getattr(options, name))]
+    return arguments
 
 
 # ------------------------------------------------------------------- the other tables
 def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
     """One step with the first n layers frozen, for each n."""
     problem = place(problems[-1], jax.local_devices()[:1])
-    case = case_of("prefix", problem, options)
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
-    all_train = replace(problem, where=layers)
-    first = replace(case, problem=f"{problem.name}, 0 frozen")
-    builds: dict[Case, Build] = {first: partial(build_step, all_train)}
+    first = replace(first_case("prefix", problem, options), frozen_layers=0)
+    builds: dict[Case, Build] = {
+        first: partial(build_step, replace(problem, where=layers))
+    }
     for frozen in range(1, len(layers)):
-        rest_trains = replace(problem, where=layers[frozen:])
-        named = replace(case, problem=f"{problem.name}, {frozen} frozen")
+        partly_frozen = replace(problem, where=layers[frozen:])
         for method in ("partition", "hoist"):
-            build = partial(build_step, rest_trains)
-            builds[replace(named, method=method)] = build
+            case = replace(first, method=method, frozen_layers=frozen)
+            builds[case] = partial(build_step, partly_frozen)
     title = f"{problem.name}: freeze the first layers of {sizes_text(problem.sizes)}"
     yield Table(title, measure(builds, options))
 
@@ -1059,26 +1157,25 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table
     xs, ys = mf.dataset(jax.random.key(1), steps, rows)
     xs = xs.astype(options.dtype)
 
-    def build(case: Case) -> Step:
-        step = Step(
-            fn=jax.jit(mf.train_step, donate_argnums=0),
-            init=lambda: jax.tree.map(jnp.copy, trainable),
-            args=(frozen, xs[0], ys[0]),
-            trainable_bytes=tree_bytes(trainable),
-            written_bytes=tree_bytes(trainable),
-        )
-        if case.method == "loop":
-            return step
-        fn = jax.jit(mf.train, donate_argnums=0)
-        one_batch = replace(step, fn=fn, args=(frozen, xs[:1], ys[:1]))
-        check_same_step({replace(case, method="loop"): step, case: one_batch})
-        # It may not be compared with the loop: it takes many steps at once.
-        all_batches = replace(one_batch, args=(frozen, xs, ys), steps=steps)
-        return replace(all_batches, update="scan")
+    loop = Step(
+        fn=jax.jit(mf.train_step, donate_argnums=0),
+        init=lambda: jax.tree.map(jnp.copy, trainable),
+        args=(frozen, xs[0], ys[0]),
+        trainable_bytes=tree_bytes(trainable),
+    )
+    train = jax.jit(mf.train, donate_argnums=0)
+    scan_once = replace(loop, fn=train, args=(frozen, xs[:1], ys[:1]))
+    scan = replace(scan_once, args=(frozen, xs, ys), steps=steps, same_step_group=None)
+    loop_case = replace(first_case("run", problem, options), method="loop")
+    scan_case = replace(loop_case, method="scan")
+    check_same_step({loop_case: loop, scan_case: scan_once})
 
-    case = case_of("run", problem, options)
-    builds = {replace(case, method=method): build for method in ("loop", "scan")}
-    title = f"seed: a step of the {steps} in minifreeze's walk-through"
+    builds: dict[Case, Build] = {loop_case: lambda case: loop}
+    builds[scan_case] = lambda case: scan
+    title = (
+        f"seed: one step of the walk-through. The loop repeats one batch; "
+        f"the scan reads {steps:,}."
+    )
     yield Table(title, measure(builds, options))
 
 
@@ -1103,56 +1200,58 @@ TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Iterator[Table]]] = {
 # --------------------------------------------------------------------- your own model
 def load_model(options: Namespace) -> Problem:
     """Calls the function that --model names, and checks what it returns."""
-    file, _, name = options.model.rpartition(":")
+    returned = call_model(options.model)
+    if not isinstance(returned, tuple) or len(returned) not in (3, 4):
+        expected = "(loss_fn, params, batch) or (loss_fn, params, batch, optimizer)"
+        raise ValueError(f"{options.model} must return {expected}")
+
+    loss, params, batch = returned[:3]
+    params = arrays_of("parameter", params)
+    batch = arrays_of("batch", tuple(batch))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"parameter {leaf_name(path)!r} is {leaf.dtype}, which cannot be "
+                "differentiated; close over it in the loss function"
+            )
+    jax.eval_shape(jax.grad(loss), params, *batch)
+    rows, tokens = count_rows(batch, options.batch)
+    return Problem(
+        name=Path(options.model.rpartition(":")[0]).stem,
+        where=options.where,
+        loss=loss,
+        params=params,
+        batch=batch,
+        rows=rows,
+        tokens=tokens,
+        optimizer=returned[3] if len(returned) == 4 else None,
+    )
+
+
+def call_model(model: str) -> Any:
+    file, _, name = model.rpartition(":")
     sys.path.insert(0, str(Path(file).parent.resolve()))
     try:
         module = runpy.run_path(file)
         if name not in module:
             raise ValueError(f"{file} has no {name}()")
-        made = module[name]()
+        return module[name]()
     except ModuleNotFoundError as error:
         command = f"uv run --with {error.name} bench.py ..."
-        raise ValueError(f"{options.model}: {error}; {command}") from error
+        raise ValueError(f"{model}: {error}; {command}") from error
     except SystemExit as error:
-        raise ValueError(f"{options.model} called sys.exit({error.code})") from error
-    if not isinstance(made, tuple) or len(made) not in (3, 4):
-        expected = "(loss_fn, params, batch) or (loss_fn, params, batch, optimizer)"
-        raise ValueError(f"{options.model} must return {expected}")
-
-    loss, params, batch = made[:3]
-    params = arrays_of("parameter", params)
-    batch = arrays_of("batch", tuple(batch))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            name = leaf_name(path)
-            raise ValueError(
-                f"parameter {name!r} is {leaf.dtype} and has no gradient: close over it"
-            )
-    jax.eval_shape(jax.grad(loss), params, *batch)
-    rows, tokens = count_rows(batch, options.batch)
-    return Problem(
-        Path(file).stem,
-        options.where,
-        loss,
-        params,
-        batch,
-        rows,
-        tokens,
-        optimizer=made[3] if len(made) == 4 else None,
-    )
+        raise ValueError(f"{model} called sys.exit({error.code})") from error
 
 
-def arrays_of(what: str, tree: Tree) -> Tree:
-    """The tree with each leaf as a JAX array; raises ValueError for other leaves."""
+def arrays_of(label: str, tree: Tree) -> Tree:
+    """Converts each leaf to a JAX array; raises ValueError if one is not an array."""
 
     def as_array(path: Any, leaf: Any) -> jax.Array:
         try:
             return jnp.asarray(leaf)
         except TypeError as error:
-            message = (
-                f"{what} {leaf_name(path)!r} is a {type(leaf).__name__}, not an array"
-            )
-            raise ValueError(message) from error
+            found = f"{leaf_name(path)!r} is a {type(leaf).__name__}"
+            raise ValueError(f"{label} {found}, not an array") from error
 
     return jax.tree_util.tree_map_with_path(as_array, tree)
 
@@ -1166,28 +1265,32 @@ def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
     data = []
     for leaf in jax.tree.leaves(batch):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if leaf.ndim > 0 and not is_key:
+        if leaf.ndim > 0 and not is_key and given in (None, leaf.shape[0]):
             data.append(leaf)
-    if given is not None:
-        data = [leaf for leaf in data if leaf.shape[0] == given]
     lengths = sorted({leaf.shape[0] for leaf in data})
     if len(lengths) != 1:
         found = f"the leaves of the batch have first axes {lengths}"
         if given is not None:
             found = f"no leaf of the batch has a first axis of {given}"
-        raise ValueError(f"{found}: say with --batch N how many rows it has")
-    tokens = data[0].shape[1] if data[0].ndim == 2 else None
+        raise ValueError(f"{found}; pass the number of rows with --batch N")
+
     for leaf in data:
-        same_shape = leaf.shape == data[0].shape
-        if not same_shape or not jnp.issubdtype(leaf.dtype, jnp.integer):
-            tokens = None
-    return lengths[0], tokens
+        is_ids = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if not is_ids or leaf.shape != data[0].shape:
+            return lengths[0], None
+    return lengths[0], data[0].shape[1]
 
 
 # ---------------------------------------------------------------------------- options
+class Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Prints one line, without the usage that argparse would add."""
+        self.exit(2, f"bench.py: error: {message}\n")
+
+
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Reads the command line. A wrong option ends the process with code 2."""
-    parser = ArgumentParser(
+    """Reads the command line. Exits with status 2 on an invalid option."""
+    parser = Parser(
         "bench.py",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
@@ -1197,67 +1300,43 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     names = [name for name in TABLES if name != "peers"]
     add("--tables", nargs="+", choices=names, metavar="TABLE", help=", ".join(names))
     add("--peers", action="store_true", help="compare with other libraries")
-    add(
-        "--sizes", nargs="+", type=int, metavar="N", help="widths of an MLP of your own"
-    )
+    add("--sizes", nargs="+", type=int, metavar="N", help="layer widths for an MLP")
     add("--batch", type=int, metavar="N", help="rows per batch and device")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--train", nargs="+", metavar="PATTERN", help="train these leaves"
-    )
-    which.add_argument("--freeze", nargs="+", metavar="PATTERN", help="freeze these")
+    train_help, freeze_help = "train these leaves", "freeze these leaves"
+    which.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
+    which.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the MLPs",
-    )
-    add(
-        "--model",
-        metavar="FILE.py:NAME",
-        help="NAME() returns (loss_fn, params, batch)",
-    )
-    add(
-        "--rounds",
-        type=int,
-        default=7,
-        metavar="N",
-        help="samples per row (default: 7)",
-    )
-    add("--batches", type=int, default=1, metavar="N", help="batches in an epoch")
-    add("--devices", nargs="+", type=int, metavar="N", help="numbers of devices")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of MLPs")
+    model_help = "NAME() returns (loss_fn, params, batch); the loss is a mean over rows"
+    add("--model", metavar="FILE.py:NAME", help=model_help)
+    add("--rounds", type=int, default=7, metavar="N", help="samples per row; default 7")
+    batches_help = "batches per epoch (sizes hoist's feature cache)"
+    add("--batches", type=int, default=1, metavar="N", help=batches_help)
+    add("--devices", nargs="+", type=int, metavar="N", help="device counts to test")
     add("--compile-only", action="store_true", help="simulate devices, time nothing")
-    add(
-        "--topology", metavar="NAME", help="a TPU pod to compile for, such as v5e:16x16"
-    )
-    add(
-        "--cluster", action="store_true", help="join a SLURM, TPU or Kubernetes cluster"
-    )
-    add(
-        "--coordinator", metavar="HOST:PORT", help="join a cluster by its first process"
-    )
-    add("--processes", type=int, metavar="N", help="how many the cluster has")
-    add("--process", type=int, metavar="I", help="the number of this one, from 0")
+    add("--topology", metavar="NAME", help="TPU pod to compile for, such as v5e:16x16")
+    cluster_help = "join a SLURM, TPU or Kubernetes cluster"
+    add("--cluster", action="store_true", help=cluster_help)
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--processes", type=int, metavar="N", help="number of processes")
+    add("--process", type=int, metavar="I", help="index of this process, from 0")
     add("--json", type=Path, metavar="FILE", help="write the results")
     add("--plot", type=Path, metavar="FILE", help="draw the prefix and methods tables")
-    # argparse would print its usage as well, which is longer than the error.
-    parser.error = partial(refuse, parser)  # type: ignore[method-assign, assignment]
     options = parser.parse_args(argv)
 
-    options.where = options.train or [inverted(glob) for glob in options.freeze or []]
-    named = (options.coordinator, options.processes, options.process)
-    options.cluster = options.cluster or any(value is not None for value in named)
+    options.where = options.train
+    if options.freeze:
+        options.where = [inverted(pattern) for pattern in options.freeze]
+    if options.coordinator or options.processes or options.process is not None:
+        options.cluster = True
     options.tables = chosen_tables(options)
-    for file in ("json", "plot"):  # a model may change the working directory
-        if getattr(options, file) is not None:
-            setattr(options, file, getattr(options, file).absolute())
+    for name in ("json", "plot"):  # a model may change the working directory
+        file = getattr(options, name)
+        if file is not None:
+            setattr(options, name, file.absolute())
     check_options(options, parser.error)
     return options
-
-
-def refuse(parser: ArgumentParser, message: str) -> None:
-    parser.exit(2, f"bench.py: error: {message}\n")
 
 
 def inverted(pattern: str) -> str:
@@ -1266,7 +1345,7 @@ def inverted(pattern: str) -> str:
 
 
 def chosen_tables(options: Namespace) -> list[str]:
-    """The tables that are named; if none is, those on which all given options act."""
+    """Returns the named tables, or else those affected by every given option."""
     tables = ["methods", "prefix", "run", "devices"]
     if options.tables:
         tables = [table for table in tables if table in options.tables]
@@ -1274,18 +1353,18 @@ def chosen_tables(options: Namespace) -> list[str]:
         tables = ["devices"]
     elif options.model:
         tables = ["methods"]
-    elif options.peers and not options.sizes:
-        tables = tables
-    elif options.where:
+    elif options.where and not options.peers:
         tables = ["methods", "devices"]
     elif options.sizes or options.batch or options.optimizer != "sgd":
         tables = ["methods", "prefix", "devices"]
-    return tables + ["peers"] * options.peers
+    if options.peers:
+        tables.append("peers")
+    return tables
 
 
 def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
-    """Calls error() for options that are wrong or do not go together."""
-    if untyped.config.jax_disable_jit:
+    """Calls error() for options that are invalid or contradict each other."""
+    if jax.config.values["jax_disable_jit"]:
         error("JAX_DISABLE_JIT is set, so nothing would be compiled")
 
     sizes, counts = options.sizes or [], options.devices or []
@@ -1293,18 +1372,17 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     for number in [*sizes, *counts, *numbers]:
         if number is not None and not 0 < number < 2**31:
             error(f"numbers must be positive and below 2**31, not {number}")
-    if sizes and len(sizes) < 2:
-        error("--sizes needs the widths of two layers or more")
+    if len(sizes) == 1:
+        error("--sizes needs at least two widths")
     if len(set(counts)) < len(counts):
-        error(f"--devices names a number twice: {counts}")
+        error(f"--devices contains a duplicate: {counts}")
 
     _, _, port = (options.coordinator or "host:1").rpartition(":")
     if not port.isdecimal() or int(port) >= 2**16:
         error(f"--coordinator must be HOST:PORT, not {options.coordinator}")
-    named = (options.coordinator, options.processes, options.process)
-    if any(value is None for value in named) and any(
-        value is not None for value in named
-    ):
+    address = (options.coordinator, options.processes, options.process)
+    missing = [value is None for value in address]
+    if any(missing) and not all(missing):
         error("--coordinator, --processes and --process go together")
 
     if options.model and not options.where:
@@ -1312,28 +1390,24 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     if options.model and ":" not in options.model:
         error(f"--model must be FILE.py:NAME, not {options.model}")
     if options.model and "prefix" in options.tables:
-        error("the prefix table freezes layers of an MLP: it does not go with --model")
+        error("the prefix table freezes layers of an MLP: omit it with --model")
     if options.topology and not options.compile_only:
-        error("--topology is for chips that are not there: add --compile-only")
+        error("--topology needs --compile-only")
     if options.topology and options.devices:
-        error("--topology has all chips of the pod: leave out --devices")
+        error("--topology uses the whole pod; omit --devices")
     if options.compile_only and options.cluster:
-        error(
-            "--compile-only simulates all devices in one process: leave out the cluster"
-        )
+        error("--compile-only runs in one process; it cannot join a cluster")
     if options.compile_only and options.tables != ["devices"]:
-        error("--compile-only goes with the devices table alone")
+        error("--compile-only works only with the devices table")
     if options.plot and not {"methods", "prefix"} & set(options.tables):
-        error("--plot draws the methods and prefix tables, and neither is measured")
+        error("--plot draws the methods and prefix tables; select at least one of them")
 
-    files = [
-        file.resolve() for file in (options.json, options.plot) if file is not None
-    ]
+    files = [file.resolve() for file in (options.json, options.plot) if file]
     if len(set(files)) < len(files):
         error(f"--json and --plot must not be the same file: {files[0]}")
     for file in files:
         if file.exists() and not file.is_file():
-            error(f"--json and --plot must be regular files, which {file} is not")
+            error(f"{file} is not a regular file")
 
 
 def options_without_effect(options: Namespace) -> Iterator[str]:
@@ -1348,58 +1422,61 @@ def options_without_effect(options: Namespace) -> Iterator[str]:
     if "run" in options.tables:
         changed = (options.sizes, options.batch, options.where, options.model)
         if any(changed) or options.optimizer != "sgd":
-            yield "The run table is always of the walk-through's network and of SGD."
+            yield "The run table always uses the walk-through network and SGD."
 
 
 def set_up(options: Namespace) -> list[Problem]:
     """Joins the cluster, checks devices and files, and returns the problems.
 
-    Raises ValueError in all processes if one of them refuses or has other options.
+    Raises ValueError in all processes if one of them fails its checks or was started
+    with different options.
     """
     if options.compile_only:
-        untyped.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_platforms", "cpu")
         if not options.topology:
             most = max(options.devices or [8])
-            untyped.config.update("jax_num_cpu_devices", most)
+            jax.config.update("jax_num_cpu_devices", most)
     if options.cluster:
         join_cluster(options)
 
     problems: list[Problem] = []
-    refused = ""
+    failure = ""
     try:
         check_devices(options)
         check_files(options)
         problems = load_problems(options)
     except Exception as error:
-        refused = str(error).partition("\n")[0] or type(error).__name__
+        failure = str(error).partition("\n")[0] or type(error).__name__
         if jax.process_count() == 1:
-            raise ValueError(refused) from error
-    agree_in_cluster(refused, options)
-    jax.jit(jnp.sin).lower(1.0).compile()  # XLA's own start is not to be in a row
+            raise ValueError(failure) from error
+    check_cluster(failure, options)
+    # Keep XLA's start-up cost out of the first row.
+    jax.jit(jnp.sin).lower(1.0).compile()
     return problems
 
 
 def check_devices(options: Namespace) -> None:
-    found, processes = len(usable_devices(options)), jax.process_count()
+    available, processes = len(usable_devices(options)), jax.process_count()
     for count in options.devices or []:
-        if count > found or count % processes:
+        if count > available or count % processes:
             raise ValueError(
-                f"--devices {count}: there are {found} in {processes} processes, and "
-                "each must have as many; --compile-only simulates more"
+                f"--devices {count}: there are {available} devices in {processes} "
+                f"processes; the count must be at most {available} and divisible by "
+                f"{processes} (--compile-only simulates more)"
             )
 
 
 def load_problems(options: Namespace) -> list[Problem]:
-    """Your own model, or an MLP of the sizes given, or the built-in MLPs."""
+    """Returns your own model, or an MLP of the given sizes, or the built-in MLPs."""
+    problems = []
     if options.model:
-        problems = [load_model(options)]
+        problems.append(load_model(options))
     else:
-        chosen = MLPS
+        mlps = MLPS
         if options.sizes:
             last_layer = f"linear_{len(options.sizes) - 2}"
-            chosen = {"mlp": (tuple(options.sizes), 64, [last_layer])}
-        problems = []
-        for name, (sizes, rows, where) in chosen.items():
+            mlps = {"mlp": (tuple(options.sizes), 64, [last_layer])}
+        for name, (sizes, rows, where) in mlps.items():
             rows = options.batch or rows
             where = options.where or where
             abstract = options.compile_only
@@ -1413,37 +1490,44 @@ def load_problems(options: Namespace) -> list[Problem]:
 
 
 def join_cluster(options: Namespace) -> None:
-    """Makes this process one of a cluster. Only the first one prints and writes."""
-    untyped.config.update("jax_cpu_collectives_implementation", "gloo")
+    """Makes this process one of a cluster. Only process 0 prints and writes."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if options.process == 0 and options.coordinator:
         _, _, port = options.coordinator.rpartition(":")
-        try:  # JAX would crash on a port in use
+        try:  # JAX aborts if the port is taken
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ValueError(f"--coordinator {options.coordinator}: {error}") from error
-    named = (options.coordinator, options.processes, options.process)
-    jax.distributed.initialize(*named, initialization_timeout=60)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX took it
+    jax.distributed.initialize(
+        options.coordinator,
+        options.processes,
+        options.process,
+        initialization_timeout=60,
+    )
+    # JAX replaced the OS-level handler behind Python's back; reinstall ours.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def agree_in_cluster(refused: str, options: Namespace) -> None:
-    """Raises ValueError in all processes if one refuses or has other options.
+def check_cluster(failure: str, options: Namespace) -> None:
+    """Raises ValueError in all processes if one failed or has different options.
 
-    multihost_utils.assert_equal would do, but on jax 0.5.1 process 0 passes it.
+    multihost_utils.assert_equal would suffice, but in jax 0.5.1 it never fails on
+    process 0.
     """
-    own = {"json": None, "plot": None, "process": None}
-    shared = vars(options) | own
-    mark = zlib.crc32(f"{refused}{shared}".encode())
-    marks = multihost_utils.process_allgather(np.uint32(mark)).reshape(-1)
-    others = np.flatnonzero(marks != marks[0])
-    if refused:
-        raise ValueError(refused)
+    shared = dict(vars(options))
+    for name in ("json", "plot", "process"):
+        del shared[name]
+    checksum = zlib.crc32(f"{failure}{shared}".encode())
+    checksums = multihost_utils.process_allgather(np.uint32(checksum)).reshape(-1)
+    others = np.flatnonzero(checksums != checksums[0])
+    if failure:
+        raise ValueError(failure)
     if others.size:
         raise ValueError(
-            f"processes {others} refuse or have other options than process 0; "
-            f"the options of this one: {shared}"
+            f"processes {others} failed their checks or were started with different "
+            f"options from process 0; the options of this process: {shared}"
         )
 
 
@@ -1452,7 +1536,7 @@ say = partial(print, flush=True)
 
 
 class Interrupts:
-    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt until held; then notes them."""
+    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt; after hold(), records them."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -1482,17 +1566,17 @@ class Report:
 
     def __init__(self) -> None:
         self.options = Namespace(json=None, plot=None)
-        self.card: dict[str, Any] = {}
-        self.tables: list[list[Row]] = []
+        self.card: dict[str, Any] = {}  # empty until the measuring begins
+        self.tables: list[TableRows] = []
         self.ended = ""
         self.code = 0
 
     def fail(self, error: Exception) -> None:
-        """Notes an error: code 2 if nothing could be measured, else 1."""
+        """Records an error: exit code 2 if the measuring never began, else 1."""
         self.ended = f"error: {error}"
-        self.code = self.code or (1 if self.card else 2)
-        expected = isinstance(error, (OSError, FloatingPointError))
-        if self.card and not expected:
+        measuring = bool(self.card)
+        self.code = 1 if measuring else 2
+        if measuring and not isinstance(error, (OSError, FloatingPointError)):
             sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -1501,29 +1585,30 @@ def finish(report: Report) -> None:
     try:
         if report.tables and jax.process_index() == 0:
             write_files(report)
-            say()
-            say(answer(report.tables))
+            conclusion = answer([table.rows for table in report.tables])
+            if conclusion:
+                say(f"\n{conclusion}")
     except OSError as error:
         report.fail(error)
 
 
 def leave(report: Report, interrupts: Interrupts) -> None:
-    """Ends the process: 0, 1 or 2, or as a shell would report the signal."""
+    """Ends the process with 0, 1, 2 or 128 + the signal number."""
     code = report.code
     if interrupts.received is not None:
         code = 128 + interrupts.received
-    if code:
+    if code != 0:
         first_line = report.ended.partition("\n")[0]
         with suppress(OSError):
             say(f"bench.py: {first_line}", file=sys.stderr)
     if code in (0, 2):
         sys.exit(code)
-    os._exit(code)  # Python's end, or JAX's farewell to a cluster, could hang
+    os._exit(code)  # interpreter or JAX-distributed shutdown may hang
 
 
 # ------------------------------------------------------------------------ the machine
 def describe_machine(options: Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describes the machine and the software."""
     devices = usable_devices(options)
     peak_flops, peak_bytes_per_s = None, None
     if not options.compile_only:
@@ -1548,30 +1633,29 @@ def describe_machine(options: Namespace) -> dict[str, Any]:
 
 
 def measure_peaks(dtype: str) -> tuple[float, float]:
-    """Measures the FLOPs and the bytes per second that one device can do."""
+    """Measures the peak FLOP/s and the peak bandwidth (bytes/s) of one device."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    matrix /= math.sqrt(side)  # repeated products neither vanish nor overflow
     vector_bytes = PEAK_VECTOR_BYTES
 
-    def multiply(state: tuple[()], a: jax.Array) -> tuple[tuple[()], jax.Array]:
-        return state, a @ a
+    def multiply(product: jax.Array, a: jax.Array) -> tuple[jax.Array, None]:
+        return product @ a, None
 
     def increment(vector: jax.Array) -> tuple[jax.Array, None]:
         return vector + 1, None
 
-    product = Case("peak", "", "matrix product")
-    stream = Case("peak", "", "vector increment")
     steps = {
-        product: Step(jax.jit(multiply), init=lambda: (), args=(matrix,)),
-        stream: Step(
+        "product": Step(jax.jit(multiply), init=lambda: matrix, args=(matrix,)),
+        "increment": Step(
             jax.jit(increment, donate_argnums=0),
             init=lambda: jnp.zeros(vector_bytes // 4, jnp.float32),
         ),
     }
     timings = time_rounds(steps, rounds=5)
-    flops = 2 * side**3 / min(timings[product].samples)
-    bytes_per_s = 2 * vector_bytes / min(timings[stream].samples)  # read and written
-    return flops, bytes_per_s
+    flops = 2 * side**3 / min(timings["product"].samples)
+    bytes_moved = 2 * vector_bytes  # read and written
+    return flops, bytes_moved / min(timings["increment"].samples)
 
 
 def cpu_name() -> str:
@@ -1584,85 +1668,134 @@ def cpu_name() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says about this file's repository; None without git or a repository."""
+    """Runs git in this file's repository; None without git or a repository."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 # -------------------------------------------------------------------- results as rows
-KEYS = """table problem method clip optimizer platform devices layout simulated
-    rows unit step_s spread_s samples speedup differs rows_per_s efficiency limit_share
-    once_s break_even kept_bytes compile_s flops flops_min bytes_min memory_bytes
-    temp_bytes unused_bytes peak_memory_bytes trainable_bytes collective_bytes
-    sent_bytes remark""".split()
-Row = dict[str, Any]  # of the JSON file; a figure that is not known is None
+Row = dict[str, Any]  # of the JSON file; an unknown figure is None
+
+
+class TableRows(NamedTuple):
+    title: str
+    rows: list[Row]
+
+
+class HoistOutcome(str, Enum):
+    """The comparison of hoist's step with partition's."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    NO_DIFFERENCE = "no difference"
+    NOTHING_TO_HOIST = "nothing to hoist"
+    NOT_TIMED = "not timed"  # one of the two
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The statistics of a result's samples, alone and relative to its table."""
+
+    step_s: float | None = None
+    spread_s: float | None = None
+    samples: tuple[float, ...] = ()
+    speedup: float | None = None  # relative to everything
+    differs: bool | None = None  # from everything, by more than the spreads
+    rows_per_s: float | None = None
+    efficiency: float | None = None  # share of the speed of one device alone
+    limit_share: float | None = None
+    once_s: float | None = None
+    hoist_outcome: HoistOutcome | None = None
+    break_even: float | None = None  # in epochs
 
 
 def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
-    """The results of one table as rows of the JSON file."""
-    rows = []
-    for result in results:
-        row = dict.fromkeys(KEYS) | asdict(result.case) | asdict(result.program)
-        row["samples"] = []
-        row["peak_memory_bytes"] = result.peak_memory_bytes
-        row["remark"] = result.remark
-        if nothing_to_hoist(result, results):
-            row["remark"] = NOTHING_TO_HOIST
-        if result.timing is not None:
-            row |= time_figures(result, result.timing, results)
-            row["limit_share"] = limit_share(result, result.timing, card)
-        rows.append(row)
+    """Converts the results of one table to rows of the JSON file."""
+    all_figures = [figures_of(result, results, card) for result in results]
+    timed = [figures for figures in all_figures if figures.step_s is not None]
+    show_limit = all(figures.limit_share is not None for figures in timed)
 
-    timed = [row for row in rows if row["step_s"] is not None]
-    if any(row["limit_share"] is None for row in timed):  # all rows of a table or none
-        for row in timed:
-            row["limit_share"] = None
+    rows = []
+    for result, figures in zip(results, all_figures):
+        if not show_limit:
+            figures = replace(figures, limit_share=None)
+        remark = result.remark
+        if figures.hoist_outcome is HoistOutcome.NOTHING_TO_HOIST:
+            remark = HoistOutcome.NOTHING_TO_HOIST.value
+        row = asdict(result.case) | asdict(result.program) | asdict(figures)
+        row["peak_memory_bytes"] = result.peak_memory_bytes
+        row["remark"] = remark
+        if result.case.frozen_layers is not None:
+            row["problem"] += f", {result.case.frozen_layers} frozen"
+        if not result.case.donate:
+            row["method"] += ", not donated"
+        rows.append(row)
     return rows
 
 
 def result_from(row: Row) -> Result:
-    """The result of a row that was not timed."""
+    """Restores the result of a row that was not timed."""
     case = Case(**{part.name: row[part.name] for part in fields(Case)})
     program = Program(**{part.name: row[part.name] for part in fields(Program)})
     return Result(case, program, remark=row["remark"])
 
 
-def time_figures(result: Result, timing: Timing, results: Sequence[Result]) -> Row:
-    """What the samples say, also beside those of the other results of the table."""
-    case = result.case
-    figures: Row = {
-        "step_s": timing.median,
-        "spread_s": timing.spread,
-        "samples": list(timing.samples),
-        "rows_per_s": case.rows / timing.median,
-    }
+def figures_of(
+    result: Result, results: Sequence[Result], card: Mapping[str, Any]
+) -> Figures:
+    case, timing = result.case, result.timing
+    partition = find_result(results, replace(case, method="partition"))
+    outcome = hoist_outcome(result, partition)
+    if timing is None:
+        return Figures(hoist_outcome=outcome)
+
+    speedup, differs = None, None
     base = baseline(case, results)
     if base is not None:
-        figures["speedup"] = base.median / timing.median
-        figures["differs"] = base is timing or not timing.overlaps(base)
+        speedup = base.median / timing.median
+        differs = not timing.overlaps(base)
 
-    rows_alone = case.rows // case.devices
-    alone = timing_of(results, replace(case, devices=1, rows=rows_alone))
-    if alone is not None and case.devices > 1 and case.layout == "replicated":
-        figures["efficiency"] = alone.median / timing.median
+    efficiency = None
+    if case.devices > 1 and case.layout == "replicated":
+        rows_alone = case.rows // case.devices
+        alone = find_result(results, replace(case, devices=1, rows=rows_alone))
+        if alone is not None and alone.timing is not None:
+            efficiency = alone.timing.median / timing.median
 
+    once_s, break_even = None, None
     if result.once is not None:
-        figures["once_s"] = result.once.median
-        part = timing_of(results, replace(case, method="partition"))
-        useless = nothing_to_hoist(result, results)
-        if part is not None and not useless and not timing.overlaps(part):
-            saved = part.median - timing.median
-            if saved > 0:
-                figures["break_even"] = result.once.median / saved  # epochs
-    return figures
+        once_s = result.once.median
+        if outcome is HoistOutcome.FASTER and partition and partition.timing:
+            break_even = once_s / (partition.timing.median - timing.median)
+
+    return Figures(
+        step_s=timing.median,
+        spread_s=timing.spread,
+        samples=timing.samples,
+        speedup=speedup,
+        differs=differs,
+        rows_per_s=case.rows / timing.median,
+        efficiency=efficiency,
+        limit_share=limit_share(result.program, timing, card),
+        once_s=once_s,
+        hoist_outcome=outcome,
+        break_even=break_even,
+    )
+
+
+def find_result(results: Sequence[Result], case: Case) -> Result | None:
+    for result in results:
+        if result.case == case:
+            return result
+    return None
 
 
 def baseline(case: Case, results: Sequence[Result]) -> Timing | None:
-    """The timing of the case that trains everything in the same way and place."""
+    """Returns the timing of the comparable case that trains everything."""
     for result in results:
         other = result.case
         same_update = (other.clip, other.optimizer) == (case.clip, case.optimizer)
@@ -1672,36 +1805,44 @@ def baseline(case: Case, results: Sequence[Result]) -> Timing | None:
     return None
 
 
-def timing_of(results: Sequence[Result], case: Case) -> Timing | None:
-    for result in results:
-        if result.case == case:
-            return result.timing
-    return None
+def hoist_outcome(hoist: Result, partition: Result | None) -> HoistOutcome | None:
+    if hoist.case.method != "hoist":
+        return None
+    if hoist.nothing_to_hoist:
+        return HoistOutcome.NOTHING_TO_HOIST
+    if partition is None:
+        return HoistOutcome.NOT_TIMED
+    if saves_no_work(hoist.program, partition.program):
+        return HoistOutcome.NOTHING_TO_HOIST
+    if hoist.timing is None or partition.timing is None:
+        return HoistOutcome.NOT_TIMED
+    if hoist.timing.overlaps(partition.timing):
+        return HoistOutcome.NO_DIFFERENCE
+    if hoist.timing.median > partition.timing.median:
+        return HoistOutcome.SLOWER
+    return HoistOutcome.FASTER
 
 
-def nothing_to_hoist(result: Result, results: Sequence[Result]) -> bool:
-    """Whether hoist said so, or its step computes as much as partition's."""
-    if result.remark == NOTHING_TO_HOIST:
+def saves_no_work(hoist: Program, partition: Program) -> bool:
+    """Tells whether hoist's step has as many FLOPs as partition's."""
+    if hoist.flops_min is None or partition.flops_min is None:
+        return False
+    if hoist.flops_min < partition.flops_min:
+        return False
+    if hoist.flops is None or partition.flops is None:
         return True
-    for other in results:
-        if other.case == replace(result.case, method="partition"):
-            own, its = result.program, other.program
-            same_products = (own.flops_min or 0) >= (its.flops_min or 0)
-            same_flops = (own.flops or 0) >= 0.99 * (its.flops or 0)
-            return result.case.method == "hoist" and same_products and same_flops
-    return False
+    return hoist.flops >= 0.99 * partition.flops
 
 
 def limit_share(
-    result: Result, timing: Timing, card: Mapping[str, Any]
+    program: Program, timing: Timing, card: Mapping[str, Any]
 ) -> float | None:
-    """The part of a step's time that its least FLOPs or bytes take at the peak."""
-    program = result.program
+    """Returns the roofline bound as a fraction of the measured time."""
     if program.flops_min is None or program.bytes_min is None:
         return None
-    computing: float = program.flops_min / card["peak_flops"]
-    moving: float = program.bytes_min / card["peak_bytes_per_s"]
-    return max(computing, moving) / timing.median
+    computing_s: float = program.flops_min / card["peak_flops"]
+    moving_s: float = program.bytes_min / card["peak_bytes_per_s"]
+    return max(computing_s, moving_s) / timing.median
 
 
 # ------------------------------------------------------------------------------- text
@@ -1710,7 +1851,7 @@ NO_DIFFERENCE = "no difference seen"
 
 
 def table_text(title: str, rows: Sequence[Row]) -> str:
-    """A title, the columns in which there is something, and notes."""
+    """Formats a title, the non-empty columns, and notes."""
     timed = any(row["step_s"] for row in rows)
     on_devices = rows[0]["layout"] is not None
     columns = {"method": [label(row) for row in rows]}
@@ -1719,33 +1860,37 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns["layout"] = [row["layout"] for row in rows]
     columns |= time_column(rows)
     columns["speed-up"] = [speedup_text(row) for row in rows]
-    columns |= number_column("memory", "B", [row["memory_bytes"] for row in rows])
+    columns |= number_column("memory", rows, "memory_bytes", "B")
     if on_devices:
-        columns |= number_column("sent", "B", [row["sent_bytes"] for row in rows])
-        columns["efficiency"] = [percent(row["efficiency"]) for row in rows]
-    if not (on_devices and timed):  # for all of them a line is too short
-        columns["limit"] = [percent(row["limit_share"]) for row in rows]
-        columns |= number_column("", "FLOP", [row["flops"] for row in rows])
-        per_s = [row["rows_per_s"] for row in rows]
-        columns |= number_column(f"{rows[0]['unit']}/s", "", per_s)
+        columns |= number_column("sent", rows, "sent_bytes", "B")
+        columns |= percent_column("efficiency", rows, "efficiency")
+    if not (on_devices and timed):  # they would not all fit on a line
+        columns |= percent_column("limit", rows, "limit_share")
+        columns |= number_column("", rows, "flops", "FLOP")
+        columns |= number_column("", rows, "rows_per_s", f" {rows[0]['unit']}/s")
 
     lines = ["", title]
     lines += aligned({name: cells for name, cells in columns.items() if any(cells)})
     for row in rows:
-        lines += notes(row)
+        texts = [] if row["remark"] is None else [row["remark"]]
+        # The other updates repeat the notes of the first one.
+        if not row["clip"] and row["optimizer"] == rows[0]["optimizer"]:
+            texts += hoist_notes(row)
+        if texts:
+            note = f"  {label(row)}: {'; '.join(texts)}."
+            lines += textwrap.wrap(note, WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
 def label(row: Row) -> str:
-    """The method, and what is special about the row."""
+    """Names a row's method and its variant."""
     words = [row["method"]]
-    _, comma, frozen = row["problem"].partition(", ")
-    if comma:
-        words.append(frozen)
-    if row["clip"] and "clip" not in row["method"]:
+    if row["frozen_layers"] is not None:
+        words.append(f"{row['frozen_layers']} frozen")
+    if row["clip"] and row["method"] in METHODS:  # other libraries' names say it
         words.append("clipped")
     if row["optimizer"] != "sgd":
-        words.append(row["optimizer"].replace("adam", "Adam"))
+        words.append("Adam" if row["optimizer"] == "adam" else row["optimizer"])
     return ", ".join(words)
 
 
@@ -1757,9 +1902,8 @@ def full_name(case: Case) -> str:
 
 
 def time_column(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Medians with three digits, spreads with as many decimals: 24.3 ± 0.3."""
-    medians = [row["step_s"] for row in rows]
-    scale, prefix = si_prefix(medians)
+    """Formats medians with three digits, and spreads as precisely: 24.3 ± 0.3."""
+    scale, prefix = si_prefix([row["step_s"] for row in rows])
     cells = []
     for row in rows:
         if row["step_s"] is None:
@@ -1772,36 +1916,41 @@ def time_column(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def number_column(
-    title: str, unit: str, values: Sequence[float | None]
+    title: str, rows: Sequence[Row], key: str, unit: str
 ) -> dict[str, list[str]]:
-    """A column of plain numbers, with their unit in its title."""
-    scale, prefix = si_prefix(values)
+    """Formats a column of plain numbers, with their unit in its title."""
+    scale, prefix = si_prefix([row[key] for row in rows])
     cells = []
-    for value in values:
-        cells.append("" if value is None else three_digits(value / scale))
+    for row in rows:
+        cells.append("" if row[key] is None else three_digits(row[key] / scale))
     return {f"{title} {prefix}{unit}".strip(): cells}
+
+
+def percent_column(title: str, rows: Sequence[Row], key: str) -> dict[str, list[str]]:
+    cells = []
+    for row in rows:
+        cells.append("" if row[key] is None else f"{row[key]:.0%}")
+    return {title: cells}
 
 
 def speedup_text(row: Row) -> str:
     if row["speedup"] is None:
         return ""
-    return times(row["speedup"]) if row["differs"] else NO_DIFFERENCE
+    if row["method"] != "everything" and not row["differs"]:
+        return NO_DIFFERENCE
+    if row["speedup"] < 1:
+        return f"{times(1 / row['speedup'])} slower"
+    return times(row["speedup"])
 
 
 def times(ratio: float) -> str:
     return f"{ratio:.1f}x" if 0.95 <= ratio < 9.95 else f"{three_digits(ratio)}x"
 
 
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
-
-
-def quantity(value: float | None, unit: str) -> str:
-    """Three digits with an SI prefix: 1.23 ms, 45.6 MB. Nothing for None."""
-    if value is None:
-        return ""
+def quantity(value: float, unit: str) -> str:
+    """Formats three digits with an SI prefix: 1.23 ms, 45.6 MB."""
     scale, prefix = si_prefix([value])
-    return f"{three_digits(value / scale)} {prefix}{unit}".rstrip()
+    return f"{three_digits(value / scale)} {prefix}{unit}"
 
 
 SI_PREFIXES = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: ""}
@@ -1809,7 +1958,7 @@ SI_PREFIXES |= {1e-3: "m", 1e-6: "µ", 1e-9: "n"}
 
 
 def si_prefix(values: Sequence[float | None]) -> tuple[float, str]:
-    """The factor and the prefix that suit the largest value."""
+    """Returns the factor and the prefix that suit the largest value."""
     largest = max([value for value in values if value is not None], default=0)
     rounded = float(f"{largest:.2e}")  # 999.9 is 1.00 k
     for scale, prefix in SI_PREFIXES.items():
@@ -1823,7 +1972,7 @@ def three_digits(value: float) -> str:
 
 
 def aligned(columns: Mapping[str, list[str]]) -> list[str]:
-    """The lines of a table: texts to the left, numbers to the right."""
+    """Returns the lines of a table: text left-aligned, numbers right-aligned."""
     padded = []
     for title, cells in columns.items():
         column = [title, *cells]
@@ -1835,33 +1984,32 @@ def aligned(columns: Mapping[str, list[str]]) -> list[str]:
     return ["  ".join(cells).rstrip() for cells in zip(*padded)]
 
 
-def notes(row: Row) -> list[str]:
-    """What a row has no columns for."""
-    texts = [] if row["remark"] is None else [row["remark"]]
-    if row["once_s"] is not None and row["remark"] != NOTHING_TO_HOIST:
-        costs = [row["step_s"] + row["once_s"] / epochs for epochs in (1, 3, 10)]
-        over = ", ".join(quantity(cost, "s") for cost in costs)
-        texts.append(f"with the features {over} per step over 1, 3, 10 epochs")
-        if row["break_even"] is not None:
-            texts.append(f"pays after {row['break_even']:.1f} epochs")
-        texts.append(f"keeps {quantity(row['kept_bytes'], 'B')} per batch")
-        if row["unused_bytes"]:
-            unused = quantity(row["unused_bytes"], "B")
-            texts.append(f"{unused} of frozen weights may then be dropped")
-    if not texts:
+def hoist_notes(row: Row) -> list[str]:
+    """Describes the cost of hoist's features."""
+    if row["once_s"] is None:
         return []
-    line = f"{label(row)}: {'; '.join(texts)}."
-    return textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if row["hoist_outcome"] == HoistOutcome.NOTHING_TO_HOIST:
+        return []
+    costs = []
+    for epochs in (1, 3, 10):
+        costs.append(quantity(row["step_s"] + row["once_s"] / epochs, "s"))
+    including = f"including feature computation: {', '.join(costs)} per step"
+    texts = [f"{including} over 1, 3, 10 epochs"]
+    if row["break_even"] is not None:
+        texts.append(f"pays off after {row['break_even']:.1f} epochs")
+    texts.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
+    if row["unused_bytes"]:
+        unused = quantity(row["unused_bytes"], "B")
+        texts.append(f"{unused} of weights are no longer read and can be freed")
+    return texts
 
 
 def describe(problem: Problem) -> str:
-    """A table's title; for your own model with a list of its parameters."""
-    where = "the leaves of a predicate"
-    if isinstance(problem.where, str):
-        where = problem.where
-    elif isinstance(problem.where, Sequence):
-        where = " ".join(problem.where)
-    text = f"{problem.name}: train {where}"
+    """Returns a table's title; for your own model with a list of its parameters."""
+    patterns = problem.where
+    if not isinstance(patterns, str):
+        patterns = " ".join(patterns)
+    text = f"{problem.name}: train {patterns}"
     if problem.sizes:
         text += f" of {sizes_text(problem.sizes)}"
     text += f", batch {problem.rows}"
@@ -1874,7 +2022,7 @@ def describe(problem: Problem) -> str:
 
 
 def sizes_text(sizes: Sequence[int]) -> str:
-    """[1024, 2048 x 4, 10]"""
+    """Formats layer widths: [1024, 2048 x 4, 10]."""
     texts = []
     for size, group in itertools.groupby(sizes):
         count = len(list(group))
@@ -1892,8 +2040,9 @@ def card_text(card: Mapping[str, Any]) -> str:
         flops = quantity(card["peak_flops"], "FLOP/s")
         text += f"; peak {flops}, {quantity(card['peak_bytes_per_s'], 'B/s')}"
     if card["commit"] is not None:
-        changes = "" if card["clean"] else " with changes"
-        text += f"; commit {card['commit'][:10]}{changes}"
+        text += f"; commit {card['commit'][:10]}"
+        if not card["clean"]:
+            text += " (uncommitted changes)"
     return textwrap.fill(text, WIDTH)
 
 
@@ -1902,26 +2051,29 @@ def legend(options: Namespace) -> str:
     lines = []
     if not options.compile_only:
         lines.append(
-            "Times are median ± median absolute deviation. Speed-ups are against "
-            f'everything in the same table, or "{NO_DIFFERENCE}" where these intervals '
-            "overlap. Limit: the share of the time that the products, or reading "
-            "all arguments and writing what trains, take at the peak."
+            "Times are median ± median absolute deviation. Speed-ups are relative to "
+            f'the everything row; "{NO_DIFFERENCE}" means that the intervals overlap. '
+            "Limit is the roofline bound (matrix products, or reading the arguments "
+            "and writing the trainables, at measured peak rates) as a share of the "
+            "step time."
         )
     lines.append(
-        "Memory is that of one device: parameters, moments, batch, results, temporary "
-        "arrays, and hoist's features for an epoch."
+        "Memory is per device: parameters, optimizer state, batch, results, temporary "
+        "arrays, and hoist's features for one epoch."
     )
     if "devices" in options.tables:
         lines.append(
-            "Sent is what each device sends in a ring, by the compiled program. (XLA "
-            "for CPUs sums bfloat16 in float32, so it sends twice as much as on TPUs.)"
+            "Sent is the traffic of each device in a ring, according to the compiled "
+            "program. (XLA's CPU backend sums bfloat16 in float32, so it sends twice "
+            "as many bytes as TPUs.)"
         )
     lines += options_without_effect(options)
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
 
 
+# ------------------------------------------------------------------------- the answer
 def answer(tables: Sequence[Sequence[Row]]) -> str:
-    """What the run says, in one or two sentences."""
+    """Returns the conclusion, in a few sentences."""
     lines = []
     methods = [rows for rows in tables if rows[0]["table"] == "methods"]
     if methods:
@@ -1929,109 +2081,150 @@ def answer(tables: Sequence[Sequence[Row]]) -> str:
     devices = [rows for rows in tables if rows[0]["table"] == "devices"]
     if devices:
         lines.append(answer_devices(devices[-1]))
-    return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
+    return "\n".join(textwrap.fill(line, WIDTH) for line in lines if line)
 
 
-def find(rows: Sequence[Row], **wanted: Any) -> Row:
-    """The first row with these values; a row without values if there is none."""
+ORDINALS = ("first", "second", "third")
+
+
+def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+    """Returns the first row with these values."""
     for row in rows:
         if all(row[key] == value for key, value in wanted.items()):
             return row
-    return dict.fromkeys(KEYS)
+    return None
 
 
 def answer_methods(rows: Sequence[Row]) -> str:
-    optimizer, problem = rows[0]["optimizer"], rows[0]["problem"]
-    plain = find(rows, method="partition", optimizer=optimizer, clip=False)
-    if plain["speedup"] is None:
-        return f"{problem}: everything and partition could not both be timed."
-    if plain["differs"]:
-        text = (
-            f"{problem}: partition is {times(plain['speedup'])} as fast as everything"
-        )
-    else:
-        text = f"{problem}: {NO_DIFFERENCE} between partition and everything"
+    problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
+    part = find(rows, method="partition", optimizer=optimizer, clip=False)
+    sentences = [f"{problem}: {answer_partition(part)}"]
 
-    whole = find(rows, method="everything", optimizer="adam", clip=False)
-    part = find(rows, method="partition", optimizer="adam", clip=False)
-    if part["memory_bytes"] is not None and whole["memory_bytes"] is not None:
-        saved = whole["memory_bytes"] - part["memory_bytes"]
-        text += f", and Adam needs {quantity(saved, 'B')} less"
-    return f"{text}. {answer_hoist(find(rows, method='hoist', clip=False))}".rstrip()
+    with_adam = find(rows, method="partition", optimizer="adam", clip=False)
+    all_with_adam = find(rows, method="everything", optimizer="adam", clip=False)
+    if with_adam is not None and all_with_adam is not None:
+        part_bytes, all_bytes = with_adam["memory_bytes"], all_with_adam["memory_bytes"]
+        if part_bytes is not None and all_bytes is not None and part_bytes < all_bytes:
+            saved = quantity(all_bytes - part_bytes, "B")
+            sentences.append(f"With Adam, partition needs {saved} less memory.")
+
+    hoist = find(rows, method="hoist", optimizer=optimizer, clip=False)
+    if hoist is not None:
+        sentences.append(answer_hoist(hoist, part))
+    return " ".join(sentences)
 
 
-def answer_hoist(row: Row) -> str:
-    if row["remark"] == NOTHING_TO_HOIST:
+def answer_partition(row: Row | None) -> str:
+    if row is None or row["speedup"] is None:
+        return "no comparison: everything or partition was not timed."
+    if not row["differs"]:
+        return f"{NO_DIFFERENCE} between partition and training everything."
+    if row["speedup"] < 1:
+        slowdown = times(1 / row["speedup"])
+        return f"train everything; partition is {slowdown} slower."
+    speedup = times(row["speedup"])
+    return f"use partition, which is {speedup} faster than training everything."
+
+
+def answer_hoist(hoist: Row, partition: Row | None) -> str:
+    outcome = hoist["hoist_outcome"]
+    if outcome == HoistOutcome.NOTHING_TO_HOIST:
         return "There is nothing to hoist."
-    if row["speedup"] is None:
-        return ""
-    if row["break_even"] is None:
-        return f"If batches repeat, {NO_DIFFERENCE} between hoist and partition."
-    epoch = math.floor(row["break_even"]) + 1
-    kept = quantity(row["kept_bytes"], "B")
+    if partition is None or outcome == HoistOutcome.NOT_TIMED:
+        return "No comparison of hoist with partition: one of them was not timed."
+    if outcome == HoistOutcome.NO_DIFFERENCE:
+        return f"Even if batches repeat, {NO_DIFFERENCE} between hoist and partition."
+    ratio = partition["step_s"] / hoist["step_s"]
+    if outcome == HoistOutcome.SLOWER:
+        slowdown = times(1 / ratio)
+        return f"Do not use hoist: its step is {slowdown} slower than partition's."
+    full_epochs = math.floor(hoist["break_even"])  # in which it has not paid off
+    when = f"after {full_epochs} epochs"
+    if full_epochs < len(ORDINALS):
+        when = f"from the {ORDINALS[full_epochs]} epoch on"
     return (
-        f"If batches repeat, hoist is {times(row['speedup'])} as fast from epoch "
-        f"{epoch} on, for {kept} per batch."
+        f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
+        f"partition; computing the features first pays off {when}, for "
+        f"{quantity(hoist['kept_bytes'], 'B')} per batch."
     )
 
 
 def answer_devices(rows: Sequence[Row]) -> str:
     last = rows[-1]
-    wanted = {"devices": last["devices"], "layout": last["layout"]}
-    whole = quantity(find(rows, method="everything", **wanted)["sent_bytes"], "B")
-    part = quantity(find(rows, method="partition", **wanted)["sent_bytes"], "B")
+    where = {"devices": last["devices"], "layout": last["layout"]}
+    part = find(rows, method="partition", **where)
+    whole = find(rows, method="everything", **where)
+    if last["devices"] == 1 or part is None or whole is None:
+        return ""
+    if part["sent_bytes"] is None or whole["sent_bytes"] is None:
+        return ""
+    how = last["layout"]
+    if last["simulated"]:
+        how += ", as compiled"
     return (
-        f"{last['problem']}: each of {last['devices']} devices ({last['layout']}) "
-        f"sends {part} per step with partition, and {whole} with everything."
+        f"{last['problem']}: each of {last['devices']} devices ({how}) "
+        f"sends {quantity(part['sent_bytes'], 'B')} per step with partition, and "
+        f"{quantity(whole['sent_bytes'], 'B')} with everything."
     )
 
 
 # ------------------------------------------------------------------------------ files
 def write_files(report: Report) -> None:
-    """Writes the JSON file and the plot, if they are asked for."""
+    """Writes the JSON file and the plot, if they were asked for."""
     options = report.options
     if options.json is not None:
+        rows: list[Row] = []
+        for table in report.tables:
+            rows += table.rows
         results = {
             "card": report.card,
             "complete": report.ended == "complete",
             "ended": report.ended,
-            "rows": [row for rows in report.tables for row in rows],
+            "rows": rows,
         }
         text = json.dumps(results, indent=1) + "\n"
-        in_one_piece(options.json, lambda part: part.write_text(text, "utf-8"))
-    if options.plot is not None and drawable(report.tables):
-        in_one_piece(options.plot, partial(draw, report))
+        write_atomically(options.json, lambda file: file.write_text(text, "utf-8"))
+    if options.plot is not None and tables_to_draw(report):
+        write_atomically(options.plot, partial(draw, report))
 
 
-def in_one_piece(file: Path, write: Callable[[Path], Any], keep: bool = True) -> None:
-    """Writes a file beside its place first, so that nobody ever sees half of it."""
+def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes to a temporary file in the same directory, then renames it.
+
+    Readers never see a partial file.
+    """
     with TemporaryDirectory(dir=file.resolve().parent) as folder:
-        part = Path(folder, file.name)
-        write(part)
-        if keep:
-            part.replace(file.resolve())
+        temporary = Path(folder, file.name)
+        write(temporary)
+        temporary.replace(file.resolve())
 
 
 def check_files(options: Namespace) -> None:
     """Raises an error if a file could not be written at the end."""
     if options.json is not None:
-        in_one_piece(options.json, Path.touch, keep=False)
+        check_writable(options.json, Path.touch)
     if options.plot is not None:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             command = "uv run --with matplotlib bench.py ..."
             raise ValueError(f"--plot needs matplotlib: {command}") from error
-        in_one_piece(options.plot, Figure().savefig, keep=False)
+        check_writable(options.plot, Figure().savefig)
 
 
-def drawable(tables: Sequence[Sequence[Row]]) -> dict[str, list[Row]]:
-    """The timed rows of the prefix table and of the last methods table."""
+def check_writable(file: Path, write: Callable[[Path], Any]) -> None:
+    with TemporaryDirectory(dir=file.resolve().parent) as folder:
+        write(Path(folder, file.name))
+
+
+def tables_to_draw(report: Report) -> dict[str, TableRows]:
+    """Returns the timed rows of the prefix table and of the last methods table."""
     found = {}
-    for rows in tables:
-        timed = [row for row in rows if row["step_s"] is not None]
+    for table in report.tables:
+        timed = [row for row in table.rows if row["step_s"] is not None]
         if timed and timed[0]["table"] in ("methods", "prefix"):
-            found[timed[0]["table"]] = timed
+            title = table.title.partition("\n")[0]
+            found[timed[0]["table"]] = TableRows(title, timed)
     return found
 
 
@@ -2039,43 +2232,47 @@ def draw(report: Report, file: Path) -> None:
     """Draws the time per step by frozen layers and by method, with its spread."""
     from matplotlib.figure import Figure
 
-    card, tables = report.card, drawable(report.tables)
-    figure = Figure(figsize=(6 * len(tables), 4.8), layout="constrained", dpi=150)
+    card, tables = report.card, tables_to_draw(report)
+    figure = Figure(figsize=(7 * len(tables), 4.8), layout="constrained", dpi=150)
     machine = card["cpu"] if card["platform"] == "cpu" else card["device_kind"]
     figure.suptitle(f"{machine}, {card['dtype']}, jax {card['jax']}, {card['date']}")
-    axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axis, (table, rows) in zip(axes, tables.items()):
-        if table == "prefix":
-            draw_prefix(axis, rows)
+    all_axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (name, table) in zip(all_axes, tables.items()):
+        axes.set_title(table.title, fontsize="medium")
+        if name == "prefix":
+            draw_prefix(axes, table.rows)
         else:
-            draw_methods(axis, rows)
+            draw_methods(axes, table.rows)
     figure.savefig(file)
 
 
-def draw_prefix(axis: Any, rows: Sequence[Row]) -> None:
+def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for method in ("partition", "hoist"):
         shown = [row for row in rows if row["method"] in ("everything", method)]
-        frozen = [int(row["problem"].split()[-2]) for row in shown]
+        frozen = [row["frozen_layers"] for row in shown]
         medians_ms = [1e3 * row["step_s"] for row in shown]
         spreads_ms = [1e3 * row["spread_s"] for row in shown]
-        axis.errorbar(
+        axes.errorbar(
             frozen, medians_ms, spreads_ms, marker="o", capsize=3, label=method
         )
-    axis.set(xlabel="frozen layers, from the first", ylabel="ms per step", yscale="log")
-    axis.set(xticks=frozen, title=rows[0]["problem"].partition(",")[0])
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.legend()
+    axes.set(xlabel="frozen layers, from the first", ylabel="ms per step", yscale="log")
+    axes.set(xticks=sorted({row["frozen_layers"] for row in rows}))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.legend()
 
 
-def draw_methods(axis: Any, rows: Sequence[Row]) -> None:
+def draw_methods(axes: Any, rows: Sequence[Row]) -> None:
     medians_ms = [1e3 * row["step_s"] for row in rows]
     spreads_ms = [1e3 * row["spread_s"] for row in rows]
     names = [label(row) for row in rows]
-    axis.barh(names, medians_ms, xerr=spreads_ms, capsize=3)
-    axis.invert_yaxis()
-    axis.set(xlabel="ms per step", xscale="log", title=rows[0]["problem"])
-    axis.xaxis.set_major_formatter("{x:g}")
+    axes.barh(names, medians_ms, xerr=spreads_ms, capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms per step", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":

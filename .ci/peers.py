@@ -1,9 +1,9 @@
-"""The step of bench.py in other libraries, each in the forms that it recommends.
+"""The training step of bench.py in other libraries, in the forms that they recommend.
 
 `bench.py --peers` loads this file and prints `peers_table`. Each form donates its
-state, and must take the same step as bench.py's own before it is timed. If a library
-is missing, or does not go with this version of JAX, its rows say so. Where the
-documented form of a library is slow, its fast form has a row of its own.
+state. Before a form is timed, it must take the same step as bench.py itself. If a
+library is missing or does not work with this version of JAX, the remarks say so. If
+the documented form of a library is slow, its fast form has a row of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Function = Callable[..., Any]
 
 
 def copy_arrays(tree: Tree) -> Tree:
-    """Copies the arrays of a tree, because a step deletes those that it is given."""
+    """Copies the arrays of a tree, because a step donates its input state."""
     return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
 
 
@@ -42,7 +42,7 @@ def descend(params: Tree, grads: Tree) -> Tree:
 
 
 def layer_widths(problem: bench.Problem) -> dict[str, tuple[int, int]]:
-    """The inputs and outputs of each layer, from the first to the last."""
+    """Returns (inputs, outputs) of each layer, from the first to the last."""
     return {f"linear_{i}": pair for i, pair in enumerate(pairwise(problem.sizes))}
 
 
@@ -71,7 +71,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
         loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
         return descend(trainable, grads), loss
 
-    def read(trainable: Tree) -> Tree:
+    def get_params(trainable: Tree) -> Tree:
         return {
             name.rpartition("/")[2]: dict(leaves) for name, leaves in trainable.items()
         }
@@ -80,7 +80,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(frozen, *problem.batch),
-        read=read,
+        get_params=get_params,
     )
 
 
@@ -88,7 +88,7 @@ def haiku(problem: bench.Problem) -> bench.Step:
 
 
 def equinox_model(problem: bench.Problem) -> tuple[Any, Any]:
-    """Returns the network, and the same with a bool for each leaf: is it trained?"""
+    """Returns the network, and a tree of bools that marks its trainable leaves."""
     eqx = importlib.import_module("equinox")
     trained = mf.mask(problem.where, problem.params)
     layers: list[Any] = []
@@ -116,7 +116,7 @@ def weight_and_bias(linear: Any) -> tuple[Any, Any]:
 
 
 def equinox_params(model: Any) -> Tree:
-    """The parameters of a model by the names of the problem."""
+    """Returns the parameters of a model under the names of the problem."""
     params = {}
     for i, linear in enumerate(model.layers[::2]):
         params[f"linear_{i}"] = {"w": linear.weight.T, "b": linear.bias}
@@ -130,7 +130,7 @@ def equinox_loss(trainable: Any, frozen: Any, x: jax.Array, y: jax.Array) -> jax
 
 
 class EquinoxStep:
-    """``eqx.filter_jit``, which spares its first argument, with the state first."""
+    """Puts the state first. ``eqx.filter_jit`` can spare only the first argument."""
 
     def __init__(self, step: Function) -> None:
         eqx = importlib.import_module("equinox")
@@ -161,7 +161,7 @@ def equinox_filter_jit(problem: bench.Problem) -> bench.Step:
         EquinoxStep(step),
         init=partial(copy_arrays, model),
         args=problem.batch,
-        read=equinox_params,
+        get_params=equinox_params,
     )
 
 
@@ -181,7 +181,7 @@ def equinox_split(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(frozen, *problem.batch),
-        read=lambda trainable: equinox_params(eqx.combine(trainable, rest)),
+        get_params=lambda trainable: equinox_params(eqx.combine(trainable, rest)),
     )
 
 
@@ -189,7 +189,7 @@ def equinox_split(problem: bench.Problem) -> bench.Step:
 
 
 def nnx_model(problem: bench.Problem) -> tuple[Any, Any]:
-    """Returns the problem's network, and a filter for its trained parameters."""
+    """Returns the problem's network, and a filter for its trainable parameters."""
     nnx = importlib.import_module("flax.nnx")
     trained = mf.mask(problem.where, problem.params)
     layers: list[Any] = []
@@ -207,7 +207,7 @@ def nnx_model(problem: bench.Problem) -> tuple[Any, Any]:
 
 
 def nnx_params(model: Any) -> Tree:
-    """The parameters of a model by the names of the problem."""
+    """Returns the parameters of a model under the names of the problem."""
     params = {}
     for i, linear in enumerate(list(model.layers)[::2]):
         params[f"linear_{i}"] = {"w": linear.kernel[...], "b": linear.bias[...]}
@@ -219,7 +219,7 @@ def nnx_loss(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def nnx_graph_mode(problem: bench.Problem, cached: bool) -> bench.Step:
-    """The stateful form: the step changes the model that it is given."""
+    """Builds the stateful form: the step updates the model in place."""
     nnx = importlib.import_module("flax.nnx")
     model, is_trained = nnx_model(problem)
 
@@ -241,7 +241,7 @@ def nnx_graph_mode(problem: bench.Problem, cached: bool) -> bench.Step:
 
 
 def nnx_tree_mode(problem: bench.Problem, cached: bool) -> bench.Step:
-    """The same with ``graph=False``, which Flax means to make its default."""
+    """Builds the form with ``graph=False``, which Flax plans to make its default."""
     nnx = importlib.import_module("flax.nnx")
     model, is_trained = nnx_model(problem)
     modes = modes_of(nnx.jit, graph=False)
@@ -249,7 +249,7 @@ def nnx_tree_mode(problem: bench.Problem, cached: bool) -> bench.Step:
         raise ImportError("this version of Flax has no tree mode")
 
     def update(model: Any, x: jax.Array, y: jax.Array) -> Any:
-        # It computes all gradients, and the compiler drops those that are not used.
+        # This computes all gradients; the compiler drops the unused ones.
         loss, grads = nnx.value_and_grad(nnx_loss, **modes)(model, x, y)
         params, grads = nnx.state(model, is_trained), nnx.state(grads, is_trained)
         nnx.update(model, descend(params, grads))
@@ -263,13 +263,13 @@ def nnx_tree_mode(problem: bench.Problem, cached: bool) -> bench.Step:
 
 
 def modes_of(transform: Function, graph: bool) -> dict[str, bool]:
-    """The options for graph or tree mode, in versions of Flax that have them."""
+    """Returns the options for graph or tree mode that this version of Flax has."""
     known = inspect.signature(transform).parameters
     return {name: graph for name in ("graph", "graph_updates") if name in known}
 
 
 def nnx_step(problem: bench.Problem, model: Any, fn: Function) -> bench.Step:
-    """The step of a function of the batch that changes its model."""
+    """Builds the step of a function ``fn(*batch)`` that updates its model in place."""
     nnx = importlib.import_module("flax.nnx")
     start = copy_arrays(nnx.state(model))
 
@@ -280,7 +280,7 @@ def nnx_step(problem: bench.Problem, model: Any, fn: Function) -> bench.Step:
     def step(model: Any, *batch: Any) -> Any:
         return model, fn(*batch)
 
-    return bench.Step(step, init=init, args=problem.batch, read=nnx_params)
+    return bench.Step(step, init=init, args=problem.batch, get_params=nnx_params)
 
 
 def nnx_split(problem: bench.Problem) -> bench.Step:
@@ -299,7 +299,7 @@ def nnx_split(problem: bench.Problem) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, trainable),
         args=(rest, *problem.batch),
-        read=lambda trainable: nnx_params(nnx.merge(graphdef, trainable, rest)),
+        get_params=lambda trainable: nnx_params(nnx.merge(graphdef, trainable, rest)),
     )
 
 
@@ -307,7 +307,7 @@ def nnx_split(problem: bench.Problem) -> bench.Step:
 
 
 def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
-    """``selective_transform``, with clipping inside it, outside it or not at all."""
+    """Uses ``selective_transform``, with clipping inside it, outside it or nowhere."""
     optax = importlib.import_module("optax")
     trained = mf.mask(problem.where, problem.params)
     freeze_mask = jax.tree.map(lambda is_trained: not is_trained, trained)
@@ -315,7 +315,7 @@ def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
     inner = optax.sgd(bench.SGD_RATE)
     if clip == "inside":
         inner = optax.chain(clipping, inner)
-    # Until optax 0.2.6 it is in optax.transforms alone.
+    # Up to optax 0.2.6, only optax.transforms has it.
     selective_transform = optax.transforms.selective_transform
     optimizer = selective_transform(inner, freeze_mask=freeze_mask)
     if clip == "outside":
@@ -332,7 +332,7 @@ def optax(problem: bench.Problem, clip: str | None) -> bench.Step:
         jax.jit(step, donate_argnums=0),
         init=partial(copy_arrays, state),
         args=problem.batch,
-        read=lambda state: state[0],
+        get_params=lambda state: state[0],
     )
 
 
@@ -353,18 +353,18 @@ CLIPPED_FORMS: dict[str, Callable[[bench.Problem], bench.Step]] = {
     "optax, clip inside": partial(optax, clip="inside"),
     "optax, clip outside": partial(optax, clip="outside"),
 }
-CLIPS_ALL = ("everything", "optax, clip outside")  # by the norm of all gradients
+CLIP_BY_NORM_OF_ALL = ("everything", "optax, clip outside")
 
 
 def peers_table(
     options: Namespace, problems: Sequence[bench.Problem]
 ) -> Iterator[bench.Table]:
-    """The same SGD step in other libraries, beside our own."""
+    """One SGD step in other libraries, and in minifreeze."""
     for problem in problems:
         if not problem.sizes:
-            raise ValueError("the peers have only MLPs: leave out --model or --peers")
+            raise ValueError("--peers compares MLPs only; omit --model or --peers")
         problem = bench.place(problem, jax.local_devices()[:1])
-        plain = bench.case_of("peers", problem, options)
+        plain = bench.first_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
         builds: dict[bench.Case, bench.Build] = {}
         for clip in (False, True):
@@ -382,16 +382,16 @@ def peers_table(
 
 
 def build_peer(form: Function, problem: bench.Problem, case: bench.Case) -> bench.Step:
-    """Builds a step; raises ImportError if the library or the form cannot be had."""
+    """Builds a step; raises ImportError if the library does not offer the form."""
     try:
         step: bench.Step = form(problem)
         bench.run_calls(step, step.init(), 1)
     except (AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ImportError(f"does not go with this version: {reason}") from error
+        raise ImportError(f"does not work with this version: {reason}") from error
     trainable, _ = mf.partition(problem.where, problem.params)
-    update = bench.update_name(case)
-    if case.clip and case.method in CLIPS_ALL:
-        update = bench.update_name(replace(case, method="everything"))
+    group = bench.same_step_group(case)
+    if case.clip and case.method in CLIP_BY_NORM_OF_ALL:
+        group = bench.same_step_group(replace(case, method="everything"))
     trainable_bytes = bench.tree_bytes(trainable)
-    return replace(step, update=update, trainable_bytes=trainable_bytes)
+    return replace(step, same_step_group=group, trainable_bytes=trainable_bytes)
