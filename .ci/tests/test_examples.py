@@ -86,6 +86,13 @@ def test_sequences_may_be_shorter_than_the_context(
     assert logits.shape == (3, 4, 11)
 
 
+def test_a_sequence_longer_than_the_context_raises(params: Any) -> None:
+    tokens = jnp.zeros((3, 8), jnp.int32)
+
+    with pytest.raises(ValueError, match=r"\(3, 8\).*positions for 7 tokens"):
+        transformer.apply(TINY, params, tokens)
+
+
 @pytest.mark.parametrize("position", range(7))
 def test_a_token_changes_no_earlier_logits(
     params: Any, tokens: jax.Array, position: int
@@ -141,7 +148,7 @@ def numpy_attention(attention: Any, x: Any, heads: int, lora_scale: float) -> An
     for name, projection in attention.items():
         lora = projection["lora"]
         weights[name] = projection["w"] + lora_scale * lora["a"] @ lora["b"]
-        biases[name] = projection["b"]
+        biases[name] = projection["bias"]
 
     length, width = x.shape
     head_width = width // heads
@@ -164,11 +171,11 @@ def numpy_attention(attention: Any, x: Any, heads: int, lora_scale: float) -> An
 
 
 def numpy_mlp(mlp: Any, x: Any) -> Any:
-    hidden = x @ mlp["up"]["w"] + mlp["up"]["b"]
+    hidden = x @ mlp["up"]["w"] + mlp["up"]["bias"]
     # GELU by its tanh approximation, as in GPT-2.
     angle = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
     gelu = hidden * (1 + np.tanh(angle)) / 2
-    return gelu @ mlp["down"]["w"] + mlp["down"]["b"]
+    return gelu @ mlp["down"]["w"] + mlp["down"]["bias"]
 
 
 def test_bfloat16_agrees_with_float32_to_its_precision(
@@ -243,7 +250,7 @@ def test_rank_zero_leaves_the_adapters_out(tokens: jax.Array) -> None:
     config = dataclasses.replace(TINY, lora_rank=0)
     params = abstract_params(config)
 
-    assert sorted(params["blocks"][0]["attention"]["query"]) == ["b", "w"]
+    assert sorted(params["blocks"][0]["attention"]["query"]) == ["bias", "w"]
     logits = jax.eval_shape(partial(apply, config), params, tokens)
     assert logits.shape == (3, 7, 11)
 
@@ -322,7 +329,7 @@ def fold_adapters(params: Any) -> Any:
         for name, projection in block["attention"].items():
             lora = projection["lora"]
             weight = projection["w"] + 8.0 * lora["a"] @ lora["b"]
-            attention[name] = {"w": weight, "b": projection["b"]}
+            attention[name] = {"w": weight, "bias": projection["bias"]}
         blocks.append({**block, "attention": attention})
     return {**params, "blocks": blocks}
 
@@ -351,6 +358,7 @@ def test_make_returns_a_loss_its_parameters_and_a_batch(model: Any) -> None:
     [
         ("head", 256 * 256),
         ("*lora*", 6 * 4 * 2 * 256 * 8),
+        ("*bias", 6 * (4 * 256 + 5 * 256 + 2 * 256) + 256),  # no adapters
         (["blocks/4", "blocks/5"], 2 * (12 * 256**2 + 13 * 256 + 4 * 2 * 256 * 8)),
     ],
 )
