@@ -33,7 +33,7 @@ PROGRAM = re.compile(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A question of recipes.md and its answer."""
+    """One question of recipes.md, with its answer."""
 
     heading: str
     introduction: str  # the sentences above the program
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def read_recipes(text: str) -> list[Recipe]:
-    """Cuts the document at its headings of the third level."""
+    """Splits the document at its third-level headings."""
     recipes = []
     for section in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
         if not section.startswith("### "):
