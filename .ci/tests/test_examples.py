@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / ".github" / "examples"
 
 
 def load_example(name: str) -> Any:
-    """Imports a file of the examples, which are no package."""
+    """Imports a file of the examples folder, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -317,12 +317,12 @@ def test_a_lora_gradient_needs_no_memory_of_the_size_of_a_base_weight() -> None:
         return loss
 
     assert temporary_bytes(activation_form, adapters, base) < weight_bytes
-    # The other form shows that the limit is one that can be missed.
+    # The folded form exceeds the limit, so this test can fail.
     assert temporary_bytes(merged_form, adapters, base) > weight_bytes
 
 
 def fold_adapters(params: Any) -> Any:
-    """Adds each adapter to its weight, which is what training should not do."""
+    """Adds each adapter to its weight, as no training step should."""
     blocks = []
     for block in params["blocks"]:
         attention = {}
@@ -383,7 +383,7 @@ def test_make_bfloat16_differs_in_dtype_alone(model: Any) -> None:
 
 
 def test_make_gpt2_small_has_the_sizes_of_gpt2_small() -> None:
-    # Nothing is computed: the model would take 0.5 GB.
+    # Nothing is computed: the parameters would take 0.3 GB.
     params, (tokens, targets) = jax.eval_shape(
         without_loss(transformer.make_gpt2_small)
     )
@@ -402,7 +402,7 @@ def shapes(tree: Any) -> Any:
 
 
 def without_loss(make: Any) -> Any:
-    """Returns a function that makes only arrays, as jax.eval_shape needs it."""
+    """Returns a function that returns arrays alone, as jax.eval_shape requires."""
 
     def make_arrays() -> tuple[Any, Any]:
         _, params, batch = make()

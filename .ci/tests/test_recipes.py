@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import io
 import os
 import re
@@ -32,7 +33,7 @@ PROGRAM = re.compile(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A question of recipes.md and its answer."""
+    """One question of recipes.md, with its answer."""
 
     heading: str
     introduction: str  # the sentences above the program
@@ -42,7 +43,7 @@ class Recipe:
 
 
 def read_recipes(text: str) -> list[Recipe]:
-    """Cuts the document at its headings of the third level."""
+    """Splits the document at its third-level headings."""
     recipes = []
     for section in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
         if not section.startswith("### "):
@@ -98,32 +99,30 @@ def test_a_recipe_prints_what_it_says(recipe: Recipe) -> None:
 
 
 def closed_over_arrays(namespace: dict[str, Any]) -> list[str]:
-    """Lists the arrays that a jitted function reads without being passed them.
+    """Lists the arrays that a recipe's functions read without being passed them.
 
-    Such an array becomes a constant of the compiled program: compilation is slow, and
-    a new value of the name is ignored.
+    In a jitted function, such an array becomes a constant of the compiled program:
+    compilation is slow, and a new value of the name is ignored. The functions that are
+    not jitted themselves are checked too, because jitted ones call them.
     """
     found = []
     for name, value in namespace.items():
-        is_jitted = hasattr(value, "lower") and hasattr(value, "__wrapped__")
-        if is_jitted:
-            for array in global_arrays(value.__wrapped__, namespace):
-                found.append(f"{name} reads {array}")
+        function = inspect.unwrap(value) if callable(value) else value
+        if not isinstance(function, FunctionType):
+            continue
+        if function.__globals__ is not namespace:  # imported
+            continue
+        for array in global_arrays(function, namespace):
+            found.append(f"{name} reads {array}")
     return found
 
 
-def global_arrays(function: Any, namespace: dict[str, Any]) -> list[str]:
-    """Lists the global arrays that a function and the functions it calls read."""
-    if not isinstance(function, FunctionType):
-        return []
-
+def global_arrays(function: FunctionType, namespace: dict[str, Any]) -> list[str]:
+    """Lists the global arrays, and trees of arrays, that a function reads."""
     arrays = []
     for name in sorted(globals_read(function.__code__)):
-        value = namespace.get(name)
-        if isinstance(value, FunctionType):
-            if value.__globals__ is namespace and value is not function:
-                arrays.extend(global_arrays(value, namespace))
-        elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+        leaves = jax.tree.leaves(namespace.get(name))
+        if any(isinstance(leaf, jax.Array) for leaf in leaves):
             arrays.append(name)
     return arrays
 
@@ -150,9 +149,11 @@ frozen = {"w": jnp.ones(3)}
 def loss(w, x):
     return (w * frozen["w"] * x).sum()
 
+grad_fn = jax.jit(jax.grad(loss))
+
 @jax.jit
 def step(w, x):
-    return w - jax.grad(lambda w: loss(w, x))(w)
+    return w - jax.grad(lambda w: (w * frozen["w"] * x).sum())(w)
 
 @jax.jit
 def good_step(w, frozen, x):
@@ -161,7 +162,11 @@ def good_step(w, frozen, x):
     namespace: dict[str, Any] = {}
     exec(source, namespace)
 
-    assert closed_over_arrays(namespace) == ["step reads frozen"]
+    assert closed_over_arrays(namespace) == [
+        "loss reads frozen",
+        "grad_fn reads frozen",
+        "step reads frozen",
+    ]
 
 
 sharded_recipes = [recipe for recipe in ALL_RECIPES if "sharding" in recipe.code]

@@ -187,7 +187,7 @@ def apply(config: Config, params: Params, tokens: Array) -> Array:
 
 
 def attention(config: Config, params: Params, x: Array) -> Array:
-    """Lets every position read from itself and from earlier positions.
+    """Applies causal attention: each position attends to itself and earlier ones.
 
     Takes and returns arrays of shape (batch, time, width).
     """
