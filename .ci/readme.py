@@ -99,8 +99,11 @@ def speed_up(row: Row | None) -> str:
         return MISSING
     if not row["differs"] and row["method"] != "everything":
         return "no difference"  # the spreads overlap
-    value = row["speedup"]
-    return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x"
+    return times(row["speedup"])
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
 def one_decimal(row: Row | None, key: str) -> str:
@@ -134,20 +137,26 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def headline(cpu: str, gpu: str, cpu_problem: str, gpu_problem: str) -> str:
     """The first table: one step with all gradients or the trainable ones clipped."""
     lines = [
-        ("train everything", "methods", "everything"),
+        ("train everything", "peers", "everything"),
         ("optax, all gradients clipped", "peers", "optax, clip outside"),
         ("optax, trainable gradients clipped", "peers", "optax, clip inside"),
-        ("`partition`", "methods", "partition"),
+        ("`partition`", "peers", "partition"),
         ("`hoist`", "methods", "hoist"),
     ]
-    table = []
-    for label, kind, method in lines:
-        cells = [label]
-        for file, problem in ((cpu, cpu_problem), (gpu, gpu_problem)):
+    table = [[label] for label, _, _ in lines]
+    for file, problem in ((cpu, cpu_problem), (gpu, gpu_problem)):
+        rows = []
+        for _, kind, method in lines:
             wanted = {"table": kind, "method": method, "problem": problem, "clip": True}
-            row = read_results(file).find(optimizer="sgd", **wanted)
-            cells += [number(row, "step_s", 1e-3), speed_up(row)]
-        table.append(cells)
+            rows.append(read_results(file).find(optimizer="sgd", **wanted))
+        baseline = rows[0]
+        for cells, row in zip(table, rows):
+            cells.append(number(row, "step_s", 1e-3))
+            if row is None or baseline is None:
+                cells.append(MISSING)
+            else:
+                # The quotient of the times shown, because hoist stands in another table.
+                cells.append(times(baseline["step_s"] / row["step_s"]))
     header = [
         "",
         "CPU, ms per step",
