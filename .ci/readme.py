@@ -155,7 +155,7 @@ def headline(cpu: str, gpu: str, cpu_problem: str, gpu_problem: str) -> str:
             if row is None or baseline is None:
                 cells.append(MISSING)
             else:
-                # The quotient of the times shown, because hoist stands in another table.
+                # The quotient of the times shown: hoist stands in another table.
                 cells.append(times(baseline["step_s"] / row["step_s"]))
     header = [
         "",
