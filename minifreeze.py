@@ -467,7 +467,9 @@ def summary(**parts: PyTree) -> str:
 
 def _table(rows: Sequence[Sequence[Any]]) -> str:
     """Aligns rows of cells in columns, two spaces apart."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    widths = [0] * len(rows[0])
+    for row in rows:
+        widths = [max(width, len(str(cell))) for width, cell in zip(widths, row)]
     lines = []
     for row in rows:
         cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
