@@ -303,7 +303,7 @@ def hardware(file: str) -> str:
     if card["platform"] == "cpu":
         machine = card["cpu"]
     action = "Compiled for" if card["platform"] == "tpu" else "Measured on"
-    text = f"{action} {machine} with jax {card['jax']} and Python {card['python']}"
+    text = f"{action} {machine}, with jax {card['jax']} and Python {card['python']}"
     text += f", in {card['dtype']}, on {card['date']}"
     if card.get("commit") is not None:  # older results do not tell
         text += f", at commit {card['commit'][:10]}"
@@ -319,10 +319,10 @@ def matrix() -> str:
         if outcome != ["yes", "0", "0"]:
             raise SystemExit(f"matrix.md: not every test passes: {line}")
         names.append(name)
-    *numbered, last = names
-    versions = f"{', '.join(numbered)} and the {last}"
+    numbered = ", ".join(name for name in names if name != "newest")
     return (
-        f"The module's tests, alone and with other libraries, pass on jax {versions}."
+        "The tests of the module, including those with other libraries, pass on jax "
+        f"{numbered} and the latest release."
     )
 
 
