@@ -6,8 +6,8 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees. Your loss merges them, and JAX differentiates it
-with respect to its first argument only:
+Split the parameters into two trees. Your loss function merges them again. JAX
+differentiates it with respect to its first argument, the trainable tree:
 
     def loss_fn(trainable, frozen, x, y):
         params = merge(trainable, frozen)
@@ -22,13 +22,14 @@ If you use the same batches in every epoch, run the frozen layers only once per 
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions accept any pytree, are stateless, and never donate buffers. Everything
-below the banner "the walk-through" is an example, which you can delete.
+The functions accept any pytree, are stateless and never donate buffers. Everything
+below the "walk-through" banner is an example and can be deleted.
 """
 
 from __future__ import annotations
 
 import difflib
+import enum
 import fnmatch
 import math
 import warnings
@@ -62,7 +63,7 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 class Hole:
     """A placeholder for a leaf that another part holds.
 
-    A hole is a pytree node without children, so ``grad``, ``jit`` and optimizers skip
+    A hole is a pytree node with no children, so ``grad``, ``jit`` and optimizers skip
     it.
     """
 
@@ -75,7 +76,8 @@ def _is_hole(node: Any) -> bool:
     """
     if isinstance(node, Hole):
         return True
-    if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):
+    same_name = type(node).__name__ == "Hole"
+    if same_name and is_dataclass(node) and not fields(node):
         raise ValueError(
             f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
             "the module was imported twice or reloaded. Use one copy to split and merge"
@@ -118,9 +120,9 @@ def _spec(leaf: Any) -> _Spec:
     """Describes an array, an abstract array, a Python number, or any other leaf."""
     if type(leaf) in (bool, int, float, complex):
         leaf = np.zeros((), jnp.result_type(leaf))
-    # Classes such as np.float32 have these attributes too, but are not arrays.
-    is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    if isinstance(leaf, type) or not is_array:
+    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    is_class = isinstance(leaf, type)  # np.float32 itself has a shape, too
+    if is_class or not has_shape:
         return _Spec("-", type(leaf).__name__, 0, 0)
     shape = tuple(int(size) for size in leaf.shape)  # some libraries use NumPy integers
     count = math.prod(shape)
@@ -140,12 +142,13 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
       where: Selects leaves. One of:
 
         * A glob pattern over leaf names, such as ``"head"`` or ``"blocks/*/bias"``. A
-          name joins the keys of a leaf's path with ``/``; ``print(summary(tree=tree))``
-          lists all names. A pattern selects a leaf if it matches the whole name, or
-          the whole name of a container above the leaf: ``"head"`` selects ``head/w``
-          but not ``head2/w``. As in ``fnmatch``, ``*`` also matches ``/``.
-        * A list or tuple of patterns. The last match wins. A leading ``!`` excludes; if
-          the first pattern has one, every leaf starts out selected.
+          name is the keys of the leaf's path, joined with ``/``. To list all names, use
+          ``print(summary(tree=tree))``. A pattern selects a leaf if it matches the
+          whole name of the leaf or of a container above it: ``"head"`` selects
+          ``head/w`` but not ``head2/w``. As in ``fnmatch``, ``*`` also matches ``/``.
+        * A list or tuple of patterns. The last match wins. A pattern with a leading
+          ``!`` excludes leaves. If the first pattern has one, the selection starts with
+          every leaf.
         * A predicate ``(path, leaf) -> bool``, where ``path`` is JAX's key path.
         * A tree of bools with the structure of ``tree``, as returned by ``mask``.
       tree: Any pytree.
@@ -203,18 +206,19 @@ def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
 def _select(where: Where, tree: PyTree) -> list[bool]:
     """Returns, for each leaf in tree order, whether ``where`` selects it.
 
-    It may select nothing, because ``warm_start`` allows that.
+    The selection may be empty; ``warm_start`` relies on that.
     """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
     if isinstance(where, (list, tuple)):
         if not where:
             return [False] * len(jax.tree.leaves(tree))
+        # A list without strings, such as [True, False], is a tree of bools.
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
-    # A callable container, such as an Equinox model, is not a predicate.
-    is_leaf = all_leaves([where])
-    if is_leaf and callable(where):
+    # The mask of an Equinox model is a model itself: a tree of bools that is callable.
+    is_container = not all_leaves([where])
+    if callable(where) and not is_container:
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -224,7 +228,8 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
         if not isinstance(pattern, str):
             raise TypeError(f"patterns must be strings, got {pattern!r}")
     names = _names(tree)
-    selection = [patterns[0].startswith("!")] * len(names)
+    starts_selected = patterns[0].startswith("!")
+    selection = [starts_selected] * len(names)
     for pattern in patterns:
         excludes = pattern.startswith("!")
         glob = pattern.removeprefix("!")
@@ -238,10 +243,10 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 
 
 def _matches(glob: str, name: str) -> bool:
-    """Returns whether a glob matches a name, or the name of a container above it."""
+    """Returns whether a glob matches a name or the name of a container above it."""
     if not glob:
-        return False  # "/*" would match every name that begins with "/"
-    # The glob "head" becomes "head/*". It matches "head/", and it matches "head/w/"
+        return False  # the glob "/*" would match the empty name of a tree of one leaf
+    # The glob "head" becomes "head/*". It matches "head/" and also "head/w/",
     # because * also matches "/". It does not match "head2/w/".
     return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
@@ -314,12 +319,12 @@ def _structure_error(
         # The names agree, so the containers differ. Show each from just before the
         # first difference.
         texts = [str(jax.tree.structure(tree, is_leaf)) for tree in trees.values()]
-        start = 0
+        common = 0  # the number of leading characters that all texts share
         for characters in zip(*texts):
             if len(set(characters)) > 1:
                 break
-            start += 1
-        start = max(0, start - 20)
+            common += 1
+        start = max(0, common - 20)
         for label, text in zip(trees, texts):
             problems.append(f"{label} is ..{text[start : start + 80]}..")
     return f"the structures differ; {'; '.join(problems[:10])}"
@@ -365,7 +370,7 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
     """Aligns the parts of a tree, position by position.
 
     Returns:
-      A list of rows, and the structure of the tree. Each row holds, for one position,
+      A list of rows and the structure of the tree. Each row holds, for one position,
       the leaf or hole of every part.
 
     Raises:
@@ -383,7 +388,7 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
 
 
 def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
-    """Returns the name of each row of ``_align``."""
+    """Returns one name for each row that ``_align`` returns."""
     first_part = next(iter(parts.values()))
     return _names(first_part, is_leaf=_is_hole)
 
@@ -391,7 +396,7 @@ def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
 def _merge_error(
     parts: Mapping[str, PyTree], rows: list[tuple[Any, ...]], partial: bool
 ) -> str:
-    """Lists the leaves that no part holds, and those that several parts hold."""
+    """Lists the leaves that no part holds and those that several parts hold."""
     lost, overlaps = [], []
     for name, nodes in zip(_names_with_holes(parts), rows):
         holders = [label for label, node in zip(parts, nodes) if not _is_hole(node)]
@@ -411,7 +416,7 @@ def _merge_error(
 
 
 def summary(**parts: PyTree) -> str:
-    """Returns a table of all leaves, and the size of each part.
+    """Returns a table of all leaves and the size of each part.
 
     Args:
       **parts: The whole tree, as in ``summary(params=params)``, or parts of one tree.
@@ -419,7 +424,7 @@ def summary(**parts: PyTree) -> str:
 
     Returns:
       A string with one row per leaf, in tree order, and one row per part. ``count`` is
-      the number of elements, and ``share`` is the share of all elements. Abstract
+      the number of elements, and ``share`` is the percentage of all elements. Abstract
       arrays count like arrays. A leaf that is not an array counts as 0 elements.
 
     Raises:
@@ -481,27 +486,28 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Returns ``new`` with the values of ``old``, and raises if a leaf is unmatched.
+    """Fills ``new`` with the values of ``old``. Raises if a leaf is unmatched.
 
-    Use it to load a checkpoint, and to change the frozen set during training:
+    Use it to load a checkpoint and to change the frozen set during training:
     ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
     that stay trainable.
 
     Leaves are matched by name, such as ``linear_0/w``. The containers may differ: a
     checkpoint can be a flat dict with the key ``"linear_0/w"``, or have a dict with the
-    keys ``"0"``, ``"1"``, ... in place of a list.
+    keys ``"0"``, ``"1"``, ... where ``new`` has a list.
 
     * A leaf of ``new`` that ``fresh`` selects keeps its value.
     * Every other leaf of ``new`` takes the value of the leaf of the same name in
       ``old``. If ``old`` has a ``Hole`` there, because the leaf was frozen, the leaf
       keeps its value from ``new``.
-    * Every leaf of ``old`` must have a counterpart of the same name in ``new``, unless
-      ``unused`` selects it. If the leaf is now frozen, the counterpart is a ``Hole``.
+    * Every leaf of ``old`` must have a leaf or ``Hole`` of the same name in ``new``,
+      unless ``unused`` selects it. A ``Hole`` means that the leaf is now frozen, so its
+      old value is dropped.
 
-    Adam's step count is a leaf like any other. If ``old`` provides it, leaves that were
-    frozen until now get almost no bias correction: at step 5,000, their first update is
-    about (1 - b1) / sqrt(1 - b2) = 0.1 / sqrt(0.001) = 3.2 learning rates. To restart
-    the count, select it with ``fresh``. Its name is ``0/count`` in ``optax.adam``.
+    Adam's step count is a leaf like any other. If ``old`` provides it, newly unfrozen
+    leaves get almost no bias correction, and their first updates are about three times
+    too large. To restart the count, select it with ``fresh``. Its name is ``0/count``
+    in ``optax.adam``.
 
     Args:
       new: The tree to fill.
@@ -572,8 +578,8 @@ def _warm_start_error(
         )
         if _holds_none(old):
             problems.append(
-                "old holds None, which is how holes come back from a checkpoint that "
-                "was restored without a target; select such leaves with fresh"
+                "old contains None: without a target tree, checkpoint libraries "
+                "restore holes as None; select such leaves with fresh"
             )
     if without_place:
         problems.append(
@@ -603,7 +609,7 @@ def _selected_names(where: Where, tree: PyTree) -> set[str]:
 
 
 def _holds_none(tree: PyTree) -> bool:
-    """Returns whether a tree holds None in the place of a leaf or container."""
+    """Returns whether a tree holds None in place of a leaf or container."""
     return any(node is None for node in jax.tree.leaves(tree, is_leaf=_is_none))
 
 
@@ -613,7 +619,7 @@ def _is_none(node: Any) -> bool:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Cheap primitives: recomputing a result takes about as long as reading it from memory.
+# Cheap primitives: a result takes about as long to recompute as to read from memory.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -639,7 +645,6 @@ _RANDOM_BITS = """
 """.split()
 _CHEAP = frozenset(_ELEMENTWISE + _CASTS_AND_MOVES + _IDENTITIES + _RANDOM_BITS)
 
-# Reductions are costly, but hoisting is hardly worthwhile if it saves nothing else.
 _REDUCTIONS = frozenset(
     """
     argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
@@ -651,7 +656,7 @@ _REDUCTIONS = frozenset(
 def hoist(
     fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
 ) -> tuple[Function, Function]:
-    """Splits a function into a part to run once per batch, and a part for every step.
+    """Splits a function into one that runs once per batch and one for every step.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
     ``fn(trainable, frozen, *batch)`` and has the same gradient with respect to
@@ -661,49 +666,52 @@ def hoist(
     ``hoist`` traces ``fn`` and divides its intermediate values into three classes:
 
     * late: depends on a trainable leaf, or comes from an operation with an effect.
-    * early: depends on the batch, and is not late.
-    * fixed: depends only on frozen leaves and constants.
+      ``rest`` computes it in every step.
+    * early: depends on the batch and is not late. ``once`` stores it, or ``rest``
+      rebuilds it from stored values by cheap operations.
+    * fixed: depends only on frozen leaves and constants. ``rest`` computes it in every
+      step. ``once`` never stores it, because every batch would get its own copy.
 
-    ``rest`` computes all late values. Each early value that it needs for them, or that
-    ``fn`` returns, is either stored by ``once`` or rebuilt from stored values by cheap
-    operations. ``hoist`` picks the set of values with the fewest bytes: a minimum cut.
-    If there are several, it picks the one that leaves ``rest`` the least to do.
+    ``rest`` needs the early values that late operations read or that ``fn`` returns.
+    ``once`` stores enough values for ``rest`` to rebuild all of these by cheap
+    operations alone. Of all sets that are enough, ``hoist`` picks the one with the
+    fewest bytes (a minimum cut). Among equals, it picks the one that leaves ``rest``
+    the least work.
 
-    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. The product
-    ``x @ body`` is early, and costly. Its ``tanh`` is early, and cheap. The product
-    with ``head`` is late, and reads the ``tanh``. ``x @ body`` and the ``tanh`` have
-    equally many bytes, so ``hoist`` stores the ``tanh``. If the ``tanh`` were then cast
-    to a wider dtype, ``hoist`` would still store the ``tanh``, and ``rest`` would
-    repeat the cast in every step.
+    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
+    and its ``tanh`` are early; only the product is costly. The product with ``head`` is
+    late and reads the ``tanh``. The two early values have the same size, so ``hoist``
+    stores the ``tanh``, which leaves ``rest`` less work. If the ``tanh`` were cast to a
+    wider dtype first, ``hoist`` would still store the ``tanh`` itself, and ``rest``
+    would repeat the cast in every step.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly: products, convolutions,
-    reductions, sorts, ... Five consequences are worth knowing:
+    reductions, sorts, ... The details:
 
-    * An operation that contains functions is costly, and is never split: ``scan``,
+    * An operation that wraps a function is costly and is never split: ``scan``,
       ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
       ``jit`` with shardings. A ``scan`` over the layers of a model is late if one of
-      the layers is trainable. There are two exceptions. A ``jit`` without shardings
-      counts as the operations in it. A ``custom_jvp`` is cheap if all operations in it
-      are cheap.
-    * ``rest`` never repeats a costly operation on early values. The result is stored
-      even if it is larger than the batch, as in ``x @ x.T``.
-    * Otherwise, only bytes count. To store one byte less, ``rest`` repeats any number
-      of cheap operations.
-    * Fixed values are never stored, because they would be stored with every batch.
-      ``rest`` computes them again, even if they are costly. To avoid that, compute them
-      once and pass them as a part of ``frozen``.
+      the layers is trainable. There are two exceptions: a ``jit`` without shardings is
+      inlined, and a ``custom_jvp`` is cheap if all operations in it are cheap.
+    * A costly early value is stored even if it is larger than the batch, as in
+      ``x @ x.T``.
+    * Cheap operations count as free. ``rest`` repeats any number of them to save a
+      single byte.
+    * A fixed value that is costly is computed in every step. To avoid that, compute it
+      yourself and pass it as a part of ``frozen``.
     * An operation on an early value counts as costly if it also reads a costly fixed
-      value. To rebuild ``(embeddings @ projection)[ids]``, ``rest`` would have to
-      repeat the product.
+      value. For example, ``(embeddings @ projection)[ids]`` is stored although a gather
+      is cheap, because to rebuild it, ``rest`` would have to repeat the product.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
-      trainable: The part to differentiate. Anything else that changes between steps,
-        such as random keys and counters, also goes here: ``fn((params, key), frozen,
-        x)``. A key in the batch would give the same random numbers in every epoch.
+      trainable: Whatever changes from step to step: the part to differentiate and, for
+        example, a random key. (A key in the batch would give the same random numbers in
+        every epoch.) With ``fn((params, key), frozen, x)``, differentiate
+        ``lambda params: rest((params, key), frozen, kept)``.
       frozen: The part that does not change.
-      *batch: The data. Data that ``fn`` closes over count as constants.
+      *batch: The data. Arrays that ``fn`` closes over are treated as constants.
 
     Returns:
       A tuple ``(once, rest)`` of functions:
@@ -713,15 +721,15 @@ def hoist(
       * ``rest(trainable, frozen, kept)`` returns what ``fn`` returns, where ``kept`` is
         the result of ``once``.
 
-      Both raise ValueError if an argument does not match what ``hoist`` traced in
-      structure, shape, dtype or weak type. The weak types of ``kept`` do not matter.
+      Both raise ValueError if an argument differs in structure, shape, dtype or weak
+      type from the one that ``hoist`` traced. The weak types of ``kept`` do not matter.
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
         ``jax.ShapeDtypeStruct`` are allowed.
 
     Warns:
-      UserWarning: If ``once`` would contain nothing costlier than a reduction.
+      UserWarning: If ``once`` would save nothing costlier than reductions.
 
     >>> head, body, x = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((5, 3))
     >>> model = lambda head, body, x: jnp.tanh(x @ body) @ head
@@ -763,8 +771,8 @@ def hoist(
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
         wanted = {"trainable": expected["trainable"], "frozen": expected["frozen"]}
         _require_same(wanted, {"trainable": trainable, "frozen": frozen})
-        # Storing an array loses its weak type. This has no effect here, because all
-        # dtypes in the trace are final.
+        # Storing an array loses its weak type. This does not matter, because the trace
+        # has already resolved all type promotion.
         _require_same({"kept": expected_kept}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(out_treedef, outputs)
@@ -824,14 +832,22 @@ def _require_same(expected: PyTree, given: PyTree, weak_types: bool = True) -> N
         )
 
 
+class _Cost(enum.IntEnum):
+    """How much work an operation is."""
+
+    CHEAP = 0
+    REDUCTION = 1  # costly, but on its own not worth hoisting
+    COSTLY = 2
+
+
 @dataclass(frozen=True)
 class _Operation:
     """An operation on numbered values."""
 
-    run: Function  # takes the inputs, and returns a list of the outputs
+    run: Function  # takes the inputs and returns a list of the outputs
     inputs: list[int]  # the ids of values
     outputs: list[int]
-    costly_primitives: set[str]  # names for _warn_if_useless; empty if it is cheap
+    cost: _Cost
     has_effect: bool
 
 
@@ -850,14 +866,17 @@ class _Program:
 
 
 def _to_program(closed_jaxpr: Any) -> _Program:
-    """Converts a traced function to a program, and inlines plain jits."""
+    """Converts a traced function to a program and inlines plain jits."""
     from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
 
-    # Remove dead code. A trainable leaf that a scan carries along unused, for example,
-    # would make the whole scan late. All inputs and constants of the function remain.
-    all_outputs = [True] * len(closed_jaxpr.out_avals)
-    live_jaxpr, _ = dce_jaxpr(closed_jaxpr.jaxpr, all_outputs, instantiate=True)
+    # Remove dead code. For example, a trainable leaf that a scan carries but never uses
+    # would make the whole scan late.
+    live_jaxpr, _ = dce_jaxpr(
+        closed_jaxpr.jaxpr,
+        used_outputs=[True] * len(closed_jaxpr.out_avals),
+        instantiate=True,  # keep unused inputs, so that they still match the arguments
+    )
 
     operations: list[_Operation] = []
     constants: dict[int, Any] = {}
@@ -875,8 +894,8 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     def add(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
         """Adds the operations of a jaxpr and returns the ids of its outputs.
 
-        Literals remain inside the operations. Only if a jit is inlined, a literal
-        argument becomes a constant, because the body refers to it by a variable.
+        A literal stays inside its operation. It becomes a constant only where something
+        must refer to it by an id: as an argument of an inlined jit, or as an output.
         """
         ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
         for variable, constant in zip(jaxpr.constvars, consts):
@@ -896,10 +915,10 @@ def _to_program(closed_jaxpr: Any) -> _Program:
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_as_function(eqn, variables, template=closed_jaxpr),
+                    run=_single_equation_function(eqn, variables, closed_jaxpr),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
-                    costly_primitives=_costly_primitives(eqn),
+                    cost=_cost(eqn),
                     has_effect=bool(eqn.effects),
                 )
                 operations.append(operation)
@@ -912,20 +931,18 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy array, for the sake of custom derivatives that use ``.at``."""
+    """Converts a NumPy array, because custom derivative rules may use ``.at``."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
-    with jax.ensure_compile_time_eval():  # concrete, even inside a trace
+    with jax.ensure_compile_time_eval():  # a concrete array, even under a trace
         return jnp.asarray(constant)
 
 
-def _as_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
-    """Returns an equation of a jaxpr as a function of its input variables.
+def _single_equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+    """Wraps one equation of a jaxpr as a function of its input variables.
 
-    The function runs a jaxpr that has only this equation and is made from ``template``.
-    This works in all versions of JAX, whereas the signatures of ``Primitive.bind`` and
-    of the constructors change. The other fields of the template are not used when the
-    jaxpr runs.
+    The function runs a one-equation jaxpr. To build this jaxpr in any version of JAX,
+    whose constructors change, it replaces fields of an existing one, ``template``.
     """
     from jax.extend.core import jaxpr_as_fun
 
@@ -943,32 +960,31 @@ def _is_plain_jit(eqn: Any) -> bool:
     return not any(isinstance(item, jax.sharding.Sharding) for item in shardings)
 
 
-def _costly_primitives(eqn: Any) -> set[str]:
-    """Returns the names of the costly primitives in an equation."""
+def _cost(eqn: Any) -> _Cost:
+    """Returns the cost of an equation: of its primitive or of its costliest part."""
     name = eqn.primitive.name
     if name in _CHEAP:
-        return set()
-    if _is_plain_jit(eqn):  # inside a custom_jvp; all others were inlined
+        return _Cost.CHEAP
+    if name in _REDUCTIONS:
+        return _Cost.REDUCTION
+    if _is_plain_jit(eqn):  # inside a custom_jvp; _to_program inlines all others
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
     else:
-        return {name}
-    names = set()
-    for inner_eqn in body.eqns:
-        names |= _costly_primitives(inner_eqn)
-    return names
+        return _Cost.COSTLY
+    return max([_cost(inner_eqn) for inner_eqn in body.eqns], default=_Cost.CHEAP)
 
 
 def _run(program: _Program, inputs: list[Any]) -> list[Array]:
-    """Runs a program, and returns its outputs as arrays."""
+    """Runs a program and returns its outputs as arrays."""
     values = dict(program.constants)
     values.update(zip(program.inputs, inputs))
     for operation in program.operations:
         arguments = [values[value_id] for value_id in operation.inputs]
         values.update(zip(operation.outputs, operation.run(*arguments)))
     outputs = [values[value_id] for value_id in program.outputs]
-    # An output can be a Python number: a literal, or an argument passed through.
+    # An output can be a Python number: a literal or an argument passed through.
     # device_put keeps its weak type in every version of JAX.
     return [x if isinstance(x, Array) else jax.device_put(x) for x in outputs]
 
@@ -996,13 +1012,12 @@ def _subprogram(
 
 
 def _warn_if_useless(once_program: _Program) -> None:
-    for operation in once_program.operations:
-        if operation.costly_primitives - _REDUCTIONS:
-            return
+    if any(operation.cost == _Cost.COSTLY for operation in once_program.operations):
+        return
     warnings.warn(
-        "hoist found nothing costly to compute once per batch: apart from reductions, "
-        "every costly operation depends on a trainable leaf, or does not depend on the "
-        "batch. If fn closes over data, pass it as the batch",
+        "hoist found nothing worth computing once per batch: apart from reductions, "
+        "every costly operation depends on a trainable leaf or does not depend on the "
+        "batch. If fn closes over the data, pass the data as the batch instead",
         stacklevel=3,
     )
 
@@ -1016,20 +1031,21 @@ def _values_to_keep(
     """
     late = set(trainable)
     early = set(batch)
+    # Fixed values that come from a costly operation or from another such value.
+    costly_fixed: set[int] = set()
     # Early values that rest needs.
     needed: set[int] = set()
-    # Early values that rest could only rebuild by a costly operation.
+    # Early values that must be stored if they are needed: the batch and costly results.
     cannot_rebuild = set(batch)
     # All other early values, with the early values that they are rebuilt from.
     rebuilt_from: dict[int, list[int]] = {}
-    # Fixed values that were made by a costly operation or from such a value.
-    costly_fixed: set[int] = set()
+
     for operation in program.operations:
         early_inputs = [value_id for value_id in operation.inputs if value_id in early]
-        is_late = operation.has_effect or not late.isdisjoint(operation.inputs)
+        reads_late = not late.isdisjoint(operation.inputs)
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
-        is_costly = bool(operation.costly_primitives) or reads_costly_fixed
-        if is_late:
+        is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed
+        if reads_late or operation.has_effect:
             late.update(operation.outputs)
             needed.update(early_inputs)
         elif early_inputs:
@@ -1039,7 +1055,7 @@ def _values_to_keep(
             else:
                 for output in operation.outputs:
                     rebuilt_from[output] = early_inputs
-        elif is_costly:
+        elif is_costly:  # and fixed
             costly_fixed.update(operation.outputs)
 
     needed.update(early.intersection(program.outputs))
@@ -1096,9 +1112,8 @@ def _minimum_cut(
         for input_id in input_ids:
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # The nodes that flow can still reach, although no more flow can get from them to
-    # the sink. All edges that leave this set are full. Later paths avoid the set, so
-    # these edges stay full.
+    # Nodes that are reachable from a needed value but cut off from the sink. Every edge
+    # that leaves this set is full, and stays full because later searches avoid the set.
     reachable: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
@@ -1130,11 +1145,11 @@ def _search(
     residual: Mapping[_Node, Mapping[_Node, float]],
     avoid: set[_Node],
 ) -> dict[_Node, _Node]:
-    """Searches for a path with residual capacity, breadth first.
+    """Searches breadth first along edges with residual capacity.
 
     Returns:
-      Each node that was reached, with the node before it. If there is a path to the
-      goal, the search ends there, and the goal is one of these nodes.
+      The predecessor of each node that was reached. The search ends at the goal if
+      there is a path to it; the goal is then one of these nodes.
     """
     came_from = {start: start}
     queue = deque([start])
@@ -1149,9 +1164,9 @@ def _search(
 
 # -------------------------------------------------------------- the walk-through
 #
-# A worked example: train the first and last layer of an MLP, and freeze the middle one.
-# If you only need the library, delete everything from here on. The example's imports
-# are here for that reason.
+# A worked example: train the first and last layer of an MLP and freeze the middle one.
+# If you only need the library, delete everything from here on. That is why the imports
+# of the example are down here.
 
 import argparse
 import itertools
@@ -1168,7 +1183,7 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
 
     The parameters equal those of Haiku's ``hk.nets.MLP`` bit for bit: weights from a
     normal distribution with standard deviation 1 / sqrt(fan-in), truncated at two
-    standard deviations, and biases of zero.
+    standard deviations; and biases of zero.
 
     Args:
       key: A JAX random key.
@@ -1200,7 +1215,7 @@ def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
 
 
 def _require_positive(label: str, number: Any) -> None:
-    # isinstance would accept True.
+    # Not isinstance, because bool is a subclass of int.
     if type(number) not in (int, np.int32, np.int64) or number < 1:
         raise ValueError(f"{label} must be a positive integer, got {number!r}")
 
@@ -1238,11 +1253,13 @@ def apply(params: Params, x: Array) -> Array:
                 f"{layer} needs inputs of width {w.shape[0]}, got shape {x.shape}"
             )
         if b.shape != w.shape[1:]:
-            raise ValueError(f"{layer} has w of shape {w.shape}, but b of {b.shape}")
+            raise ValueError(
+                f"{layer} has w of shape {w.shape} but b of shape {b.shape}"
+            )
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
-        # Broadcast explicitly, for jax_numpy_rank_promotion="raise".
+        # Broadcast explicitly, because of jax_numpy_rank_promotion="raise".
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1255,8 +1272,8 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
         differentiates a function with respect to its first argument.
       frozen: The other parameters, with holes.
       x: The inputs, of shape (..., in).
-      y: The labels: integers of shape (...). A label outside 0, ..., out - 1 adds
-        nothing to the loss.
+      y: The labels: integers of shape (...). A row with a label outside
+        0, ..., out - 1 adds zero to the sum but still counts in the mean.
 
     Returns:
       A scalar with the dtype of the logits. Logits narrower than 32 bits are summed
@@ -1279,7 +1296,8 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
             f"labels of shape {y.shape} do not match logits of shape {logits.shape}"
         )
     if y.dtype.itemsize < 4:
-        y = y.astype(jnp.int32)  # or one_hot would overflow, with 8 bits at 256 classes
+        # one_hot compares in the dtype of y, and class 256 does not fit in 8 bits.
+        y = y.astype(jnp.int32)
     is_label = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
     # Select instead of multiplying by 0, because 0 * -inf is nan.
     log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
@@ -1340,9 +1358,9 @@ def train_step(
     The arguments and errors are those of ``loss_fn`` and ``sgd_step``.
 
     Returns:
-      The new trainable part, and the loss before the step.
+      The new trainable part and the loss before the step.
     """
-    _require_floating(trainable)  # jax.grad's own error does not name the leaf
+    _require_floating(trainable)  # the error of jax.grad would not name the leaf
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
@@ -1361,7 +1379,7 @@ def train(
       lr: The learning rate.
 
     Returns:
-      The new trainable part, and the losses, of shape (steps,).
+      The new trainable part and the losses, of shape (steps,).
 
     Raises:
       ValueError: If the shapes do not match. For other errors see ``train_step``.
@@ -1387,7 +1405,7 @@ def dataset(
 
     Args:
       key: A JAX random key.
-      num_records: The number of batches.
+      num_records: The number of records. Each record is one batch.
       batch_size: The number of distinct examples in each batch.
       num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
@@ -1428,7 +1446,7 @@ def _print_predictions(title: str, params: Params, numbers: range) -> None:
 
 
 def _print_changes(before: Params, after: Params) -> None:
-    """Prints which leaves changed, and which ones are equal bit for bit."""
+    """Prints which leaves changed and which ones are equal bit for bit."""
     changed, unchanged = [], []
     new_leaves = jax.tree.leaves(after)
     for (path, old), new in zip(tree_flatten_with_path(before)[0], new_leaves):
@@ -1441,7 +1459,7 @@ def _print_changes(before: Params, after: Params) -> None:
 
 
 def _plot_error(file: Path) -> str | None:
-    """Returns why a plot cannot be written to ``file``, or None."""
+    """Returns why a plot cannot be written to ``file``, or None if it can."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1468,7 +1486,7 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
     names = _names(before)
     old_leaves, new_leaves = jax.tree.leaves(before), jax.tree.leaves(after)
     figure = Figure(figsize=(2.4 * len(names), 5.5), layout="constrained")
-    columns = figure.subplots(2, len(names)).T
+    columns = figure.subplots(2, len(names)).T  # a row of axes becomes a column
     for name, column, old, new in zip(names, columns, old_leaves, new_leaves):
         limit = max(float(jnp.abs(old).max()), float(jnp.abs(new).max())) or 1.0
         state = "frozen" if name in frozen_names else "trainable"

@@ -22,17 +22,13 @@ class Clause:
 PARTITION = [
     Clause(
         "the first matching pattern wins",
-        """    selection = [patterns[0].startswith("!")] * len(names)
-    for pattern in patterns:
-""",
-        """    selection = [patterns[0].startswith("!")] * len(names)
-    for pattern in reversed(patterns):
-""",
+        "    for pattern in patterns:\n        excludes",
+        "    for pattern in reversed(patterns):\n        excludes",
     ),
     Clause(
         "a list that starts with an exclusion starts from nothing",
-        'selection = [patterns[0].startswith("!")] * len(names)',
-        "selection = [False] * len(names)",
+        'starts_selected = patterns[0].startswith("!")',
+        "starts_selected = False",
     ),
     Clause(
         "linear_1 also selects linear_10",
@@ -84,7 +80,7 @@ MERGE = [
     ),
     Clause(
         "a hole of another copy of the module is a leaf",
-        'if type(node).__name__ == "Hole" and is_dataclass(node) and not fields(node):',
+        "if same_name and is_dataclass(node) and not fields(node):",
         "if node is NotImplemented:",
     ),
 ]
@@ -130,26 +126,18 @@ WARM_START = [
 HOIST = [
     Clause(
         "no control flow is hoisted",
-        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
-        """is_late = (
-            operation.has_effect
-            or not late.isdisjoint(operation.inputs)
-            or bool(operation.costly_primitives & {"scan", "while", "cond"})
-        )""",
+        "has_effect=bool(eqn.effects),",
+        'has_effect=eqn.effects or eqn.primitive.name in ("scan", "while", "cond"),',
     ),
     Clause(
         "no custom gradient is hoisted",
-        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
-        """is_late = (
-            operation.has_effect
-            or not late.isdisjoint(operation.inputs)
-            or any("custom_vjp" in name for name in operation.costly_primitives)
-        )""",
+        "has_effect=bool(eqn.effects),",
+        'has_effect=eqn.effects or "custom_vjp" in eqn.primitive.name,',
     ),
     Clause(
         "an operation with an effect runs once",
-        "is_late = operation.has_effect or not late.isdisjoint(operation.inputs)",
-        "is_late = not late.isdisjoint(operation.inputs)",
+        "if reads_late or operation.has_effect:",
+        "if reads_late:",
     ),
     Clause(
         "ties go to the earlier value",
@@ -176,13 +164,13 @@ HOIST = [
     ),
     Clause(
         "costly results are rebuilt",
-        "is_costly = bool(operation.costly_primitives) or reads_costly_fixed",
+        "is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed",
         "is_costly = reads_costly_fixed",
     ),
     Clause(
         "costly results of weights alone are rebuilt",
-        "is_costly = bool(operation.costly_primitives) or reads_costly_fixed",
-        "is_costly = bool(operation.costly_primitives)",
+        "is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed",
+        "is_costly = operation.cost > _Cost.CHEAP",
     ),
     Clause(
         "outputs that only the batch makes are forgotten",
@@ -196,8 +184,8 @@ HOIST = [
     ),
     Clause(
         "a useless hoist is silent if it moves a reduction",
-        "if operation.costly_primitives - _REDUCTIONS:",
-        "if operation.costly_primitives:",
+        "if any(operation.cost == _Cost.COSTLY for",
+        "if any(operation.cost > _Cost.CHEAP for",
     ),
     Clause(
         "weak types may differ",
