@@ -22,8 +22,9 @@ If you use the same batches in every epoch, run the frozen layers only once per 
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions accept any pytree, are stateless and never donate buffers. Everything
-below the "walk-through" banner is an example and can be deleted.
+The functions are stateless and never donate buffers. All of them accept any pytree,
+except that ``hoist`` needs arrays as leaves. Everything below the "walk-through" banner
+is an example and can be deleted.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """A placeholder for a leaf that another part holds.
+    """Marks the position of a leaf that is in another part of the tree.
 
     A hole is a pytree node with no children, so ``grad``, ``jit`` and optimizers skip
     it.
@@ -71,16 +72,17 @@ class Hole:
 def _is_hole(node: Any) -> bool:
     """Returns whether a node is a hole.
 
-    Raises ValueError for a hole from another copy of this module, which would otherwise
-    look like an empty container.
+    Raises ValueError if the hole comes from another copy of this module. Such a hole
+    would otherwise look like an empty container.
     """
     if isinstance(node, Hole):
         return True
+    # Other classes may be called Hole, too, so compare more than the name.
     same_name = type(node).__name__ == "Hole"
     if same_name and is_dataclass(node) and not fields(node):
         raise ValueError(
             f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
-            "the module was imported twice or reloaded. Use one copy to split and merge"
+            "the module was imported twice or reloaded. Split and merge with one copy"
         )
     return False
 
@@ -120,9 +122,9 @@ def _spec(leaf: Any) -> _Spec:
     """Describes an array, an abstract array, a Python number, or any other leaf."""
     if type(leaf) in (bool, int, float, complex):
         leaf = np.zeros((), jnp.result_type(leaf))
-    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    is_class = isinstance(leaf, type)  # np.float32 itself has a shape, too
-    if is_class or not has_shape:
+    looks_like_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    is_class = isinstance(leaf, type)  # the class np.float32 has these attributes, too
+    if is_class or not looks_like_array:
         return _Spec("-", type(leaf).__name__, 0, 0)
     shape = tuple(int(size) for size in leaf.shape)  # some libraries use NumPy integers
     count = math.prod(shape)
@@ -166,7 +168,8 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
     ({'a': {'b': 2, 'w': 1}, 'c': Hole()}, {'a': {'b': Hole(), 'w': Hole()}, 'c': 3})
     """
     leaves, treedef = jax.tree.flatten(tree)
-    selection = _select_at_least_one(where, tree)
+    selection = _select(where, tree)
+    _require_any(selection, where, tree)
     hole = Hole()
     selected = [leaf if chosen else hole for chosen, leaf in zip(selection, leaves)]
     others = [hole if chosen else leaf for chosen, leaf in zip(selection, leaves)]
@@ -182,31 +185,31 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     >>> mask("*/b", {"a": {"w": 1, "b": 2}, "c": 3})
     {'a': {'b': True, 'w': False}, 'c': False}
     """
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), _select_at_least_one(where, tree)
-    )
+    selection = _select(where, tree)
+    _require_any(selection, where, tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), selection)
 
 
-def _select_at_least_one(where: Where, tree: PyTree) -> list[bool]:
-    """Like ``_select``, but raises ValueError if no leaf is selected."""
+def _require_any(selection: list[bool], where: Where, tree: PyTree) -> None:
+    """Raises ValueError if no leaf of a tree is selected."""
     if isinstance(where, (list, tuple)) and not where:
         raise ValueError("`where` is an empty list of patterns, which selects no leaf")
-    selection = _select(where, tree)
     # A tree without leaves has nothing to select.
     if selection and not any(selection):
-        names = [repr(name) for name in _names(tree)]
-        first_path, _ = tree_flatten_with_path(tree)[0][0]
+        entries, _ = tree_flatten_with_path(tree)
+        names = [repr(_name(path)) for path, _ in entries]
+        first_path, _ = entries[0]
         raise ValueError(
             f"`where` selects none of the leaves {_first_ten(names)} "
             f"(the key path of the first one is {first_path})"
         )
-    return selection
 
 
 def _select(where: Where, tree: PyTree) -> list[bool]:
     """Returns, for each leaf in tree order, whether ``where`` selects it.
 
-    The selection may be empty; ``warm_start`` relies on that.
+    The selection may be empty, because ``warm_start`` allows that. ``partition`` and
+    ``mask`` call ``_require_any``.
     """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
@@ -217,8 +220,8 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
     # The mask of an Equinox model is a model itself: a tree of bools that is callable.
-    is_container = not all_leaves([where])
-    if callable(where) and not is_container:
+    is_single_leaf = all_leaves([where])
+    if callable(where) and is_single_leaf:
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -243,11 +246,13 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 
 
 def _matches(glob: str, name: str) -> bool:
-    """Returns whether a glob matches a name or the name of a container above it."""
+    """Returns whether a glob matches a name or the name of a container above it.
+
+    The glob "head" becomes "head/*". This matches "head/" and also "head/w/", because
+    * matches any text, including "/". It does not match "head2/w/".
+    """
     if not glob:
-        return False  # the glob "/*" would match the empty name of a tree of one leaf
-    # The glob "head" becomes "head/*". It matches "head/" and also "head/w/",
-    # because * also matches "/". It does not match "head2/w/".
+        return False  # a tree that is a single leaf has an empty name
     return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
@@ -258,7 +263,7 @@ def _no_match_error(pattern: str, glob: str, tree: PyTree) -> str:
         if glob.startswith(f"{name}/"):
             return (
                 f"pattern {pattern!r} matches no leaf: {name!r} is a single leaf "
-                f"({_spec(leaf)}), and a pattern cannot select a part of it"
+                f"({_spec(leaf)}), and a pattern cannot select part of a leaf"
             )
     if not names:
         return f"pattern {pattern!r} matches no leaf: the tree has no leaves"
@@ -326,7 +331,7 @@ def _structure_error(
             common += 1
         start = max(0, common - 20)
         for label, text in zip(trees, texts):
-            problems.append(f"{label} is ..{text[start : start + 80]}..")
+            problems.append(f"{label} has ..{text[start : start + 80]}..")
     return f"the structures differ; {'; '.join(problems[:10])}"
 
 
@@ -355,13 +360,13 @@ def merge(*parts: T, partial: bool = False) -> T:
     """
     if not parts:
         raise TypeError("merge needs at least one part")
-    labelled = {f"part {index}": part for index, part in enumerate(parts)}
-    rows, treedef = _align(labelled)
+    parts_by_label = {f"part {index}": part for index, part in enumerate(parts)}
+    rows, treedef = _align(parts_by_label)
     merged = []
     for nodes in rows:
         leaves = [node for node in nodes if not _is_hole(node)]
         if len(leaves) > 1 or (not leaves and not partial):
-            raise ValueError(_merge_error(labelled, rows, partial))
+            raise ValueError(_merge_error(parts_by_label, rows, partial))
         merged.append(leaves[0] if leaves else Hole())
     return cast(T, jax.tree.unflatten(treedef, merged))
 
@@ -387,7 +392,7 @@ def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
     return list(zip(*columns)), treedefs[0]
 
 
-def _names_with_holes(parts: Mapping[str, PyTree]) -> list[str]:
+def _row_names(parts: Mapping[str, PyTree]) -> list[str]:
     """Returns one name for each row that ``_align`` returns."""
     first_part = next(iter(parts.values()))
     return _names(first_part, is_leaf=_is_hole)
@@ -398,7 +403,7 @@ def _merge_error(
 ) -> str:
     """Lists the leaves that no part holds and those that several parts hold."""
     lost, overlaps = [], []
-    for name, nodes in zip(_names_with_holes(parts), rows):
+    for name, nodes in zip(_row_names(parts), rows):
         holders = [label for label, node in zip(parts, nodes) if not _is_hole(node)]
         if not holders:
             lost.append(repr(name))
@@ -451,7 +456,7 @@ def summary(**parts: PyTree) -> str:
     leaf_rows: list[Sequence[Any]] = [("path", "shape", "dtype", "count", "part")]
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
-    for name, nodes in zip(_names_with_holes(parts), rows):
+    for name, nodes in zip(_row_names(parts), rows):
         held = [(part, node) for part, node in zip(parts, nodes) if not _is_hole(node)]
         if len(held) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
@@ -486,7 +491,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Fills ``new`` with the values of ``old``. Raises if a leaf is unmatched.
+    """Fills ``new`` with the values of ``old``, and accounts for every leaf of both.
 
     Use it to load a checkpoint and to change the frozen set during training:
     ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
@@ -504,10 +509,10 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
       unless ``unused`` selects it. A ``Hole`` means that the leaf is now frozen, so its
       old value is dropped.
 
-    Adam's step count is a leaf like any other. If ``old`` provides it, newly unfrozen
-    leaves get almost no bias correction, and their first updates are about three times
-    too large. To restart the count, select it with ``fresh``. Its name is ``0/count``
-    in ``optax.adam``.
+    Adam's step count is copied like any other leaf. Newly unfrozen leaves then get
+    almost no bias correction, and their first updates are about three times too large.
+    To restart the count instead, select it with ``fresh``. Its name is ``0/count`` in
+    ``optax.adam``.
 
     Args:
       new: The tree to fill.
@@ -578,8 +583,8 @@ def _warm_start_error(
         )
         if _holds_none(old):
             problems.append(
-                "old contains None: without a target tree, checkpoint libraries "
-                "restore holes as None; select such leaves with fresh"
+                "old contains None, which is how checkpoint libraries restore a hole "
+                "if they get no target tree; select such leaves with fresh"
             )
     if without_place:
         problems.append(
@@ -619,7 +624,7 @@ def _is_none(node: Any) -> bool:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Cheap primitives: a result takes about as long to recompute as to read from memory.
+# Cheap primitives: recomputing a result takes about as long as reading it from memory.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -667,42 +672,43 @@ def hoist(
 
     * late: depends on a trainable leaf, or comes from an operation with an effect.
       ``rest`` computes it in every step.
-    * early: depends on the batch and is not late. ``once`` stores it, or ``rest``
-      rebuilds it from stored values by cheap operations.
-    * fixed: depends only on frozen leaves and constants. ``rest`` computes it in every
-      step. ``once`` never stores it, because every batch would get its own copy.
+    * early: depends on the batch and is not late. ``once`` can compute it.
+    * fixed: depends only on frozen leaves and constants. ``once`` never stores it,
+      because it would be stored again for every batch. ``rest`` computes it in every
+      step.
 
     ``rest`` needs the early values that late operations read or that ``fn`` returns.
-    ``once`` stores enough values for ``rest`` to rebuild all of these by cheap
-    operations alone. Of all sets that are enough, ``hoist`` picks the one with the
-    fewest bytes (a minimum cut). Among equals, it picks the one that leaves ``rest``
-    the least work.
+    ``once`` stores enough values for ``rest`` to rebuild all of these with cheap
+    operations only. Of all sufficient sets, ``hoist`` picks the one with the fewest
+    bytes: a minimum cut. If several sets tie, it picks the one that leaves ``rest`` the
+    least work.
 
     For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
-    and its ``tanh`` are early; only the product is costly. The product with ``head`` is
-    late and reads the ``tanh``. The two early values have the same size, so ``hoist``
-    stores the ``tanh``, which leaves ``rest`` less work. If the ``tanh`` were cast to a
-    wider dtype first, ``hoist`` would still store the ``tanh`` itself, and ``rest``
-    would repeat the cast in every step.
+    and its ``tanh`` are early. The product is costly, and the ``tanh`` is cheap. The
+    product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing ``x @ body``
+    would take as many bytes, so ``hoist`` stores the ``tanh``, which leaves ``rest``
+    less work. If ``fn`` cast the ``tanh`` to a wider dtype before the product with
+    ``head``, ``hoist`` would still store the narrower ``tanh``, and ``rest`` would
+    repeat the cast in every step.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly: products, convolutions,
-    reductions, sorts, ... The details:
+    reductions, sorts, ... In detail:
 
-    * An operation that wraps a function is costly and is never split: ``scan``,
+    * An operation that wraps a function is never split and counts as costly: ``scan``,
       ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
       ``jit`` with shardings. A ``scan`` over the layers of a model is late if one of
-      the layers is trainable. There are two exceptions: a ``jit`` without shardings is
-      inlined, and a ``custom_jvp`` is cheap if all operations in it are cheap.
-    * A costly early value is stored even if it is larger than the batch, as in
-      ``x @ x.T``.
-    * Cheap operations count as free. ``rest`` repeats any number of them to save a
-      single byte.
-    * A fixed value that is costly is computed in every step. To avoid that, compute it
-      yourself and pass it as a part of ``frozen``.
-    * An operation on an early value counts as costly if it also reads a costly fixed
-      value. For example, ``(embeddings @ projection)[ids]`` is stored although a gather
-      is cheap, because to rebuild it, ``rest`` would have to repeat the product.
+      the layers is trainable. A ``jit`` without shardings is inlined. A ``custom_jvp``
+      is cheap if everything in it is cheap.
+    * If ``rest`` needs a costly early value, ``once`` stores it or something computed
+      from it, even if that is larger than the batch, as in ``x @ x.T``.
+    * Cheap operations count as free: ``rest`` repeats any number of them if that saves
+      one stored byte.
+    * ``rest`` computes fixed values in every step even if they are costly. To avoid
+      that, compute them yourself and pass them as a part of ``frozen``.
+    * A cheap operation that combines an early value with a costly fixed value counts as
+      costly. For example, ``(embeddings @ projection)[ids]`` is stored, because to
+      rebuild it, ``rest`` would have to repeat the product.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
@@ -729,7 +735,8 @@ def hoist(
         ``jax.ShapeDtypeStruct`` are allowed.
 
     Warns:
-      UserWarning: If ``once`` would save nothing costlier than reductions.
+      UserWarning: If ``once`` would do no work that is worth hoisting: nothing but
+        cheap operations and reductions.
 
     >>> head, body, x = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((5, 3))
     >>> model = lambda head, body, x: jnp.tanh(x @ body) @ head
@@ -738,7 +745,7 @@ def hoist(
     >>> [features.shape for features in kept], rest(head, body, kept).shape
     ([(5, 2)], (5,))
     """
-    expected = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
+    traced = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
     # A new lambda bypasses JAX's trace cache. A cached trace would be wrong if values
     # that fn closes over have changed.
     closed_jaxpr, out_shapes = jax.make_jaxpr(
@@ -753,27 +760,27 @@ def hoist(
     batch_ids = program.inputs[batch_start:]
 
     kept_ids = _values_to_keep(program, trainable_ids, batch_ids)
-    expected_kept = tuple(program.avals[value_id] for value_id in kept_ids)
+    traced_kept = tuple(program.avals[value_id] for value_id in kept_ids)
     once_program = _subprogram(program, frozen_ids + batch_ids, kept_ids)
     rest_program = _subprogram(
         program,
         trainable_ids + frozen_ids + kept_ids,
         program.outputs,
-        with_effects=True,
+        keep_effects=True,
     )
     _warn_if_useless(once_program)
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[Array, ...]:
-        wanted = {"frozen": expected["frozen"], "batch": expected["batch"]}
-        _require_same(wanted, {"frozen": frozen, "batch": batch})
+        expected = {"frozen": traced["frozen"], "batch": traced["batch"]}
+        _require_same(expected, {"frozen": frozen, "batch": batch})
         return tuple(_run(once_program, jax.tree.leaves((frozen, batch))))
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
-        wanted = {"trainable": expected["trainable"], "frozen": expected["frozen"]}
-        _require_same(wanted, {"trainable": trainable, "frozen": frozen})
-        # Storing an array loses its weak type. This does not matter, because the trace
-        # has already resolved all type promotion.
-        _require_same({"kept": expected_kept}, {"kept": kept}, weak_types=False)
+        expected = {"trainable": traced["trainable"], "frozen": traced["frozen"]}
+        _require_same(expected, {"trainable": trainable, "frozen": frozen})
+        # Arrays lose their weak type when they are stored. That is harmless, because
+        # the trace has already resolved all type promotion.
+        _require_same({"kept": traced_kept}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(out_treedef, outputs)
 
@@ -809,21 +816,18 @@ def _is_array(leaf: Any) -> bool:
 
 def _require_same(expected: PyTree, given: PyTree, weak_types: bool = True) -> None:
     """Raises ValueError unless arguments match the expected abstract arguments."""
-
-    def describe(leaf: Any) -> str:
-        weak = "weak " if weak_types and leaf.weak_type else ""
-        return f"{weak}{leaf.dtype} {leaf.shape}"
-
-    found_tree = _abstract(given)
-    if not _same_structure(expected, found_tree):
-        trees = {"what hoist traced": expected, "this call": found_tree}
+    given = _abstract(given)
+    if not _same_structure(expected, given):
+        trees = {"what hoist traced": expected, "this call": given}
         raise ValueError(_structure_error(trees))
     problems = []
-    entries = tree_flatten_with_path(expected)[0]
-    for (path, wanted), found in zip(entries, jax.tree.leaves(found_tree)):
-        if describe(wanted) != describe(found):
+    entries, _ = tree_flatten_with_path(expected)
+    for (path, wanted), found in zip(entries, jax.tree.leaves(given)):
+        wanted_type = _describe_type(wanted, weak_types)
+        found_type = _describe_type(found, weak_types)
+        if wanted_type != found_type:
             problems.append(
-                f"{_name(path)!r}: expected {describe(wanted)}, got {describe(found)}"
+                f"{_name(path)!r}: expected {wanted_type}, got {found_type}"
             )
     if problems:
         raise ValueError(
@@ -832,12 +836,18 @@ def _require_same(expected: PyTree, given: PyTree, weak_types: bool = True) -> N
         )
 
 
+def _describe_type(leaf: Any, weak_types: bool) -> str:
+    """Describes an abstract array, such as "weak float32 (2, 3)"."""
+    weak = "weak " if weak_types and leaf.weak_type else ""
+    return f"{weak}{leaf.dtype} {leaf.shape}"
+
+
 class _Cost(enum.IntEnum):
-    """How much work an operation is."""
+    """How much work an operation is. Everything that is not cheap is costly."""
 
     CHEAP = 0
-    REDUCTION = 1  # costly, but on its own not worth hoisting
-    COSTLY = 2
+    REDUCTION = 1  # on its own not worth hoisting
+    HEAVY = 2  # all other operations
 
 
 @dataclass(frozen=True)
@@ -853,7 +863,7 @@ class _Operation:
 
 @dataclass(frozen=True)
 class _Program:
-    """A function as a list of operations, in the order in which they run.
+    """A function, as a list of operations in the order in which they run.
 
     Every value has an id: its index in ``avals``.
     """
@@ -867,67 +877,79 @@ class _Program:
 
 def _to_program(closed_jaxpr: Any) -> _Program:
     """Converts a traced function to a program and inlines plain jits."""
-    from jax.extend.core import Literal
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. For example, a trainable leaf that a scan carries but never uses
-    # would make the whole scan late.
+    # would make the whole scan late. This keeps all constants.
     live_jaxpr, _ = dce_jaxpr(
         closed_jaxpr.jaxpr,
         used_outputs=[True] * len(closed_jaxpr.out_avals),
         instantiate=True,  # keep unused inputs, so that they still match the arguments
     )
+    builder = _ProgramBuilder(template=closed_jaxpr)
+    inputs = [builder.new_value(variable.aval) for variable in live_jaxpr.invars]
+    outputs = builder.add(live_jaxpr, closed_jaxpr.consts, inputs)
+    return _Program(
+        inputs, builder.operations, outputs, builder.constants, builder.avals
+    )
 
-    operations: list[_Operation] = []
-    constants: dict[int, Any] = {}
-    avals: list[Any] = []
 
-    def new_value(aval: Any) -> int:
-        avals.append(aval)
-        return len(avals) - 1
+class _ProgramBuilder:
+    """Numbers the values of a traced function and collects its operations."""
 
-    def new_constant(aval: Any, constant: Any) -> int:
-        value_id = new_value(aval)
-        constants[value_id] = constant
+    def __init__(self, template: Any) -> None:
+        self.operations: list[_Operation] = []
+        self.constants: dict[int, Any] = {}
+        self.avals: list[Any] = []
+        self.template = template  # for _equation_function
+
+    def new_value(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def new_constant(self, aval: Any, constant: Any) -> int:
+        value_id = self.new_value(aval)
+        self.constants[value_id] = constant
         return value_id
 
-    def add(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
-        """Adds the operations of a jaxpr and returns the ids of its outputs.
+    def add(self, jaxpr: Any, consts: Sequence[Any], inputs: list[int]) -> list[int]:
+        """Adds the operations of a jaxpr. Returns the ids of its outputs.
 
-        A literal stays inside its operation. It becomes a constant only where something
-        must refer to it by an id: as an argument of an inlined jit, or as an output.
+        Args:
+          jaxpr: The jaxpr, without its constants.
+          consts: The constants.
+          inputs: The ids of the inputs.
         """
-        ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
-        for variable, constant in zip(jaxpr.constvars, consts):
-            ids[variable] = new_constant(variable.aval, _as_jax_array(constant))
+        from jax.extend.core import Literal
+
+        ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for variable, constant in zip(jaxpr.constvars, consts, strict=True):
+            ids[variable] = self.new_constant(variable.aval, _as_jax_array(constant))
 
         def id_of(atom: Any) -> int:
             if isinstance(atom, Literal):
-                return new_constant(atom.aval, atom.val)
+                return self.new_constant(atom.aval, atom.val)
             return ids[atom]
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
                 body = eqn.params["jaxpr"]
                 arguments = [id_of(atom) for atom in eqn.invars]
-                outputs = add(body.jaxpr, body.consts, arguments)
+                outputs = self.add(body.jaxpr, body.consts, arguments)
             else:
+                # Literals stay inside the equation.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
-                outputs = [new_value(variable.aval) for variable in eqn.outvars]
+                outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_single_equation_function(eqn, variables, closed_jaxpr),
+                    run=_equation_function(eqn, variables, template=self.template),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     cost=_cost(eqn),
                     has_effect=bool(eqn.effects),
                 )
-                operations.append(operation)
-            ids.update(zip(eqn.outvars, outputs))
+                self.operations.append(operation)
+            ids.update(zip(eqn.outvars, outputs, strict=True))
         return [id_of(atom) for atom in jaxpr.outvars]
-
-    inputs = [new_value(variable.aval) for variable in live_jaxpr.invars]
-    outputs = add(live_jaxpr, closed_jaxpr.consts, inputs)
-    return _Program(inputs, operations, outputs, constants, avals)
 
 
 def _as_jax_array(constant: Any) -> Any:
@@ -938,11 +960,12 @@ def _as_jax_array(constant: Any) -> Any:
         return jnp.asarray(constant)
 
 
-def _single_equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+def _equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
     """Wraps one equation of a jaxpr as a function of its input variables.
 
-    The function runs a one-equation jaxpr. To build this jaxpr in any version of JAX,
-    whose constructors change, it replaces fields of an existing one, ``template``.
+    The function runs a jaxpr with one equation. The constructors of jaxprs differ
+    between versions of JAX, so this copies an existing one, ``template``, and replaces
+    its fields.
     """
     from jax.extend.core import jaxpr_as_fun
 
@@ -967,12 +990,12 @@ def _cost(eqn: Any) -> _Cost:
         return _Cost.CHEAP
     if name in _REDUCTIONS:
         return _Cost.REDUCTION
-    if _is_plain_jit(eqn):  # inside a custom_jvp; _to_program inlines all others
+    if _is_plain_jit(eqn):  # inside a custom_jvp; all others have been inlined
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
     else:
-        return _Cost.COSTLY
+        return _Cost.HEAVY
     return max([_cost(inner_eqn) for inner_eqn in body.eqns], default=_Cost.CHEAP)
 
 
@@ -993,26 +1016,26 @@ def _subprogram(
     program: _Program,
     inputs: list[int],
     outputs: list[int],
-    with_effects: bool = False,
+    keep_effects: bool = False,
 ) -> _Program:
     """Returns the part of a program that computes outputs from inputs.
 
-    If ``with_effects`` is True, this includes all operations that have an effect.
+    If ``keep_effects`` is True, this includes all operations that have an effect.
     """
     given = set(inputs)
-    needed = set(outputs) - given
+    live = set(outputs) - given  # the values that remain to be computed
     operations = []
     for operation in reversed(program.operations):
-        is_needed = not needed.isdisjoint(operation.outputs)
-        if is_needed or (with_effects and operation.has_effect):
+        is_live = not live.isdisjoint(operation.outputs)
+        if is_live or (keep_effects and operation.has_effect):
             operations.append(operation)
-            needed.update(set(operation.inputs) - given)
+            live.update(set(operation.inputs) - given)
     operations.reverse()
     return replace(program, inputs=inputs, operations=operations, outputs=outputs)
 
 
 def _warn_if_useless(once_program: _Program) -> None:
-    if any(operation.cost == _Cost.COSTLY for operation in once_program.operations):
+    if any(operation.cost == _Cost.HEAVY for operation in once_program.operations):
         return
     warnings.warn(
         "hoist found nothing worth computing once per batch: apart from reductions, "
@@ -1045,18 +1068,19 @@ def _values_to_keep(
         reads_late = not late.isdisjoint(operation.inputs)
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
         is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed
-        if reads_late or operation.has_effect:
+        if reads_late or operation.has_effect:  # late
             late.update(operation.outputs)
             needed.update(early_inputs)
-        elif early_inputs:
+        elif early_inputs:  # early
             early.update(operation.outputs)
             if is_costly:
                 cannot_rebuild.update(operation.outputs)
             else:
                 for output in operation.outputs:
                     rebuilt_from[output] = early_inputs
-        elif is_costly:  # and fixed
-            costly_fixed.update(operation.outputs)
+        else:  # fixed
+            if is_costly:
+                costly_fixed.update(operation.outputs)
 
     needed.update(early.intersection(program.outputs))
     sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]
@@ -1075,18 +1099,19 @@ def _minimum_cut(
     """Returns the values to store so that all needed values can be rebuilt.
 
     Think of each value as a pipe whose capacity is the size of the value. Flow enters
-    the pipes of the needed values. From each pipe it goes on into the pipes of the
-    values that this value is rebuilt from, against the direction of the computation.
-    The pipe of a value that cannot be rebuilt ends in the sink.
+    the pipes of the needed values. From the pipe of a value, it continues into the
+    pipes of the values that this value is rebuilt from, against the direction of the
+    computation. The pipe of a value that cannot be rebuilt ends in the sink.
 
     To store a value is to block its pipe. If the blocked pipes stop all flow, every
     path from a needed value to the sink crosses a stored value, so every needed value
     can be rebuilt. The blocked pipes with the least total capacity are a minimum cut.
     If there are several, this function returns the one nearest to the needed values.
 
-    The method is that of Ford and Fulkerson, "Maximal flow through a network" (1956),
-    with the shortest paths of Edmonds and Karp (1972): send as much flow as possible,
-    and block each pipe that flow can still enter but not leave. PyTorch's
+    The largest possible flow equals the capacity of a minimum cut. So send as much flow
+    as possible, and block each full pipe that further flow could still enter. This is
+    the method of Ford and Fulkerson, "Maximal flow through a network" (1956), with the
+    shortest paths of Edmonds and Karp (1972). PyTorch's
     ``min_cut_rematerialization_partition`` uses the same idea to choose what to store
     between the forward and the backward pass.
 
@@ -1112,16 +1137,15 @@ def _minimum_cut(
         for input_id in input_ids:
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # Nodes that are reachable from a needed value but cut off from the sink. Every edge
-    # that leaves this set is full, and stays full because later searches avoid the set.
-    reachable: set[_Node] = set()
+    # The nodes that flow can still reach from a needed value, but from which no more
+    # flow can get to the sink. All edges that leave this set are full. They stay full,
+    # because later searches avoid the set. (To search from one needed value at a time
+    # is much faster than from all of them at once.)
+    exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
-        while True:
-            came_from = _search(start, sink, residual, avoid=reachable)
-            if sink not in came_from:
-                reachable.update(came_from)
-                break
+        came_from = _search(start, sink, residual, avoid=exhausted)
+        while sink in came_from:
             path = []
             node = sink
             while node != start:
@@ -1131,10 +1155,12 @@ def _minimum_cut(
             for tail, head in path:
                 residual[tail][head] -= flow
                 residual[head][tail] += flow
+            came_from = _search(start, sink, residual, avoid=exhausted)
+        exhausted.update(came_from)
 
     cut = set()
-    for value_id, end in reachable:
-        if end == "in" and (value_id, "out") not in reachable:
+    for value_id, end in exhausted:
+        if end == "in" and (value_id, "out") not in exhausted:
             cut.add(value_id)
     return cut
 
@@ -1149,7 +1175,7 @@ def _search(
 
     Returns:
       The predecessor of each node that was reached. The search ends at the goal if
-      there is a path to it; the goal is then one of these nodes.
+      there is a path to it. In that case, the result includes the goal.
     """
     came_from = {start: start}
     queue = deque([start])
@@ -1247,7 +1273,7 @@ def apply(params: Params, x: Array) -> Array:
     for layer in layers:
         w, b = params[layer]["w"], params[layer]["b"]
         if _is_hole(w) or _is_hole(b):
-            raise ValueError(f"{layer} has holes: merge(trainable, frozen) first")
+            raise ValueError(f"{layer} has holes: call merge(trainable, frozen) first")
         if x.shape[-1:] != w.shape[:1]:
             raise ValueError(
                 f"{layer} needs inputs of width {w.shape[0]}, got shape {x.shape}"
@@ -1300,9 +1326,9 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
         y = y.astype(jnp.int32)
     is_label = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
     # Select instead of multiplying by 0, because 0 * -inf is nan.
-    log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
+    label_log_likelihoods = jnp.where(is_label, jax.nn.log_softmax(logits), 0)
     sum_dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    mean = jnp.sum(log_likelihoods, dtype=sum_dtype) / y.size
+    mean = jnp.sum(label_log_likelihoods, dtype=sum_dtype) / y.size
     return -mean.astype(logits.dtype)
 
 
@@ -1382,7 +1408,7 @@ def train(
       The new trainable part and the losses, of shape (steps,).
 
     Raises:
-      ValueError: If the shapes do not match. For other errors see ``train_step``.
+      ValueError: If the shapes do not match. ``train_step`` lists the other errors.
     """
     if xs.ndim < 3 or xs.shape[:-1] != ys.shape:
         raise ValueError(
@@ -1446,7 +1472,7 @@ def _print_predictions(title: str, params: Params, numbers: range) -> None:
 
 
 def _print_changes(before: Params, after: Params) -> None:
-    """Prints which leaves changed and which ones are equal bit for bit."""
+    """Prints which leaves changed and which are unchanged, bit for bit."""
     changed, unchanged = [], []
     new_leaves = jax.tree.leaves(after)
     for (path, old), new in zip(tree_flatten_with_path(before)[0], new_leaves):
@@ -1463,7 +1489,7 @@ def _plot_error(file: Path) -> str | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "this needs matplotlib: pip install matplotlib"
+        return "plotting needs matplotlib: pip install matplotlib"
     formats = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         return f"the suffix must be one of {', '.join(formats)}"
@@ -1486,17 +1512,17 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
     names = _names(before)
     old_leaves, new_leaves = jax.tree.leaves(before), jax.tree.leaves(after)
     figure = Figure(figsize=(2.4 * len(names), 5.5), layout="constrained")
-    columns = figure.subplots(2, len(names)).T  # a row of axes becomes a column
+    columns = figure.subplots(2, len(names)).T  # one pair per parameter
     for name, column, old, new in zip(names, columns, old_leaves, new_leaves):
         limit = max(float(jnp.abs(old).max()), float(jnp.abs(new).max())) or 1.0
         state = "frozen" if name in frozen_names else "trainable"
         images = []
-        for axis, leaf, label in zip(column, (old, new), ("before", "after")):
-            image = axis.imshow(
+        for axes, leaf, label in zip(column, (old, new), ("before", "after")):
+            image = axes.imshow(
                 np.atleast_2d(leaf), aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit
             )
             images.append(image)
-            axis.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
+            axes.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
         figure.colorbar(images[0], ax=list(column), location="bottom")
 
     # Write to a temporary folder and rename, so that a failure leaves no partial image.
@@ -1520,8 +1546,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be from 1 to 10,000,000, got {args.steps}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    if args.plot and (error := _plot_error(args.plot)):
-        parser.error(f"--plot {args.plot}: {error}")
+    if args.plot:
+        error = _plot_error(args.plot)
+        if error is not None:
+            parser.error(f"--plot {args.plot}: {error}")
 
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     before = init(init_key, [1, 300, 100, 10])

@@ -159,8 +159,8 @@ HOIST = [
     ),
     Clause(
         "nothing is rebuilt",
-        "            if is_costly:\n",
-        "            if operation:\n",
+        "            if is_costly:\n                cannot_rebuild",
+        "            if operation:\n                cannot_rebuild",
     ),
     Clause(
         "costly results are rebuilt",
@@ -184,7 +184,7 @@ HOIST = [
     ),
     Clause(
         "a useless hoist is silent if it moves a reduction",
-        "if any(operation.cost == _Cost.COSTLY for",
+        "if any(operation.cost == _Cost.HEAVY for",
         "if any(operation.cost > _Cost.CHEAP for",
     ),
     Clause(
