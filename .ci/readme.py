@@ -135,11 +135,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def headline(cpu: str, gpu: str, cpu_problem: str, gpu_problem: str) -> str:
-    """The first table: one step with all gradients or the trainable ones clipped."""
+    """The first table: one step, with all gradients clipped or the trained layer's."""
     lines = [
         ("train everything", "peers", "everything"),
         ("optax, all gradients clipped", "peers", "optax, clip outside"),
-        ("optax, trainable gradients clipped", "peers", "optax, clip inside"),
+        ("optax, last layer's gradients clipped", "peers", "optax, clip inside"),
         ("`partition`", "peers", "partition"),
         ("`hoist`", "methods", "hoist"),
     ]
@@ -301,7 +301,7 @@ def hardware(file: str) -> str:
     card = read_results(file).card
     machine = f"{card['device_count']} x {card['device_kind']} ({card['cpu']})"
     if card["platform"] == "cpu":
-        machine = card["cpu"]
+        machine = f"a CPU ({card['cpu']})"
     action = "Compiled for" if card["platform"] == "tpu" else "Measured on"
     text = f"{action} {machine}, with jax {card['jax']} and Python {card['python']}"
     text += f", in {card['dtype']}, on {card['date']}"
@@ -321,8 +321,8 @@ def matrix() -> str:
         names.append(name)
     numbered = ", ".join(name for name in names if name != "newest")
     return (
-        "The tests of the module, including those with other libraries, pass on jax "
-        f"{numbered} and the latest release."
+        "The module's tests, including those with other libraries, pass on jax "
+        f"{numbered}. CI also runs them every week on the latest release."
     )
 
 
