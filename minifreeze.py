@@ -6,8 +6,8 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees. Your loss function merges them again. JAX
-differentiates it with respect to its first argument, the trainable tree:
+Split the parameters into two trees, and merge them again inside your loss function. JAX
+differentiates a function with respect to its first argument, here the trainable tree:
 
     def loss_fn(trainable, frozen, x, y):
         params = merge(trainable, frozen)
@@ -22,8 +22,8 @@ If you use the same batches in every epoch, run the frozen layers only once per 
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions are stateless and never donate buffers. All of them accept any pytree,
-except that ``hoist`` needs arrays as leaves. Everything below the "walk-through" banner
+The functions are stateless and never donate buffers. They accept any pytree, but
+``hoist`` requires its leaves to be arrays. Everything below the "walk-through" banner
 is an example and can be deleted.
 """
 
@@ -77,7 +77,7 @@ def _is_hole(node: Any) -> bool:
     """
     if isinstance(node, Hole):
         return True
-    # Other classes may be called Hole, too, so compare more than the name.
+    # Another class may also be called Hole, so check more than the name.
     same_name = type(node).__name__ == "Hole"
     if same_name and is_dataclass(node) and not fields(node):
         raise ValueError(
@@ -123,10 +123,10 @@ def _spec(leaf: Any) -> _Spec:
     if type(leaf) in (bool, int, float, complex):
         leaf = np.zeros((), jnp.result_type(leaf))
     looks_like_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    is_class = isinstance(leaf, type)  # the class np.float32 has these attributes, too
+    is_class = isinstance(leaf, type)  # np.float32 itself has both attributes
     if is_class or not looks_like_array:
         return _Spec("-", type(leaf).__name__, 0, 0)
-    shape = tuple(int(size) for size in leaf.shape)  # some libraries use NumPy integers
+    shape = tuple(int(size) for size in leaf.shape)  # or NumPy integers
     count = math.prod(shape)
     return _Spec(str(shape), str(leaf.dtype), count, count * leaf.dtype.itemsize)
 
@@ -144,13 +144,13 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
       where: Selects leaves. One of:
 
         * A glob pattern over leaf names, such as ``"head"`` or ``"blocks/*/bias"``. A
-          name is the keys of the leaf's path, joined with ``/``. To list all names, use
+          leaf's name is its key path, joined with ``/``. To list all names, use
           ``print(summary(tree=tree))``. A pattern selects a leaf if it matches the
           whole name of the leaf or of a container above it: ``"head"`` selects
           ``head/w`` but not ``head2/w``. As in ``fnmatch``, ``*`` also matches ``/``.
         * A list or tuple of patterns. The last match wins. A pattern with a leading
-          ``!`` excludes leaves. If the first pattern has one, the selection starts with
-          every leaf.
+          ``!`` excludes leaves. If the first pattern has a leading ``!``, every leaf
+          starts out selected.
         * A predicate ``(path, leaf) -> bool``, where ``path`` is JAX's key path.
         * A tree of bools with the structure of ``tree``, as returned by ``mask``.
       tree: Any pytree.
@@ -219,9 +219,10 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
         # A list without strings, such as [True, False], is a tree of bools.
         if any(isinstance(item, str) for item in where):
             return _select_by_patterns(where, tree)
-    # The mask of an Equinox model is a model itself: a tree of bools that is callable.
-    is_single_leaf = all_leaves([where])
-    if callable(where) and is_single_leaf:
+    # A callable container is a tree of bools, not a predicate: the mask of an Equinox
+    # model is itself a callable model.
+    is_container = not all_leaves([where])
+    if callable(where) and not is_container:
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -252,7 +253,7 @@ def _matches(glob: str, name: str) -> bool:
     * matches any text, including "/". It does not match "head2/w/".
     """
     if not glob:
-        return False  # a tree that is a single leaf has an empty name
+        return False  # "/*" would match the empty name of a tree that is a single leaf
     return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
@@ -321,8 +322,8 @@ def _structure_error(
             verb = "is" if len(missing) == 1 else "are"
             problems.append(f"{_first_ten(missing)} {verb} missing from {label}")
     if not problems:
-        # The names agree, so the containers differ. Show each from just before the
-        # first difference.
+        # The names agree, so the containers differ. Show each structure, starting just
+        # before the first difference.
         texts = [str(jax.tree.structure(tree, is_leaf)) for tree in trees.values()]
         common = 0  # the number of leading characters that all texts share
         for characters in zip(*texts):
@@ -336,6 +337,27 @@ def _structure_error(
 
 
 # --------------------------------------------------------------------- merge and report
+
+
+def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
+    """Aligns the parts of a tree, position by position.
+
+    Returns:
+      A list of rows and the structure of the tree, in which holes count as leaves. Each
+      row contains, for one position, the leaf or hole of every part.
+
+    Raises:
+      ValueError: If the parts differ in structure.
+    """
+    columns = []
+    treedefs: list[Any] = []
+    for part in parts.values():
+        nodes, treedef = jax.tree.flatten(part, is_leaf=_is_hole)
+        columns.append(nodes)
+        treedefs.append(treedef)
+    if any(treedef != treedefs[0] for treedef in treedefs):
+        raise ValueError(_structure_error(parts, is_leaf=_is_hole))
+    return list(zip(*columns)), treedefs[0]
 
 
 def merge(*parts: T, partial: bool = False) -> T:
@@ -369,27 +391,6 @@ def merge(*parts: T, partial: bool = False) -> T:
             raise ValueError(_merge_error(parts_by_label, rows, partial))
         merged.append(leaves[0] if leaves else Hole())
     return cast(T, jax.tree.unflatten(treedef, merged))
-
-
-def _align(parts: Mapping[str, PyTree]) -> tuple[list[tuple[Any, ...]], Any]:
-    """Aligns the parts of a tree, position by position.
-
-    Returns:
-      A list of rows and the structure of the tree. Each row holds, for one position,
-      the leaf or hole of every part.
-
-    Raises:
-      ValueError: If the parts differ in structure.
-    """
-    columns = []
-    treedefs: list[Any] = []
-    for part in parts.values():
-        nodes, treedef = jax.tree.flatten(part, is_leaf=_is_hole)
-        columns.append(nodes)
-        treedefs.append(treedef)
-    if any(treedef != treedefs[0] for treedef in treedefs):
-        raise ValueError(_structure_error(parts, is_leaf=_is_hole))
-    return list(zip(*columns)), treedefs[0]
 
 
 def _row_names(parts: Mapping[str, PyTree]) -> list[str]:
@@ -430,7 +431,7 @@ def summary(**parts: PyTree) -> str:
     Returns:
       A string with one row per leaf, in tree order, and one row per part. ``count`` is
       the number of elements, and ``share`` is the percentage of all elements. Abstract
-      arrays count like arrays. A leaf that is not an array counts as 0 elements.
+      arrays are counted like arrays. A leaf that is not an array counts as 0 elements.
 
     Raises:
       ValueError: If several parts hold a leaf, if the parts differ in structure, or if
@@ -491,7 +492,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) -> T:
-    """Fills ``new`` with the values of ``old``, and accounts for every leaf of both.
+    """Fills ``new`` with values from ``old`` and accounts for every leaf of both.
 
     Use it to load a checkpoint and to change the frozen set during training:
     ``warm_start(optimizer.init(trainable), old_state)`` keeps the moments of all leaves
@@ -507,7 +508,8 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
       keeps its value from ``new``.
     * Every leaf of ``old`` must have a leaf or ``Hole`` of the same name in ``new``,
       unless ``unused`` selects it. A ``Hole`` means that the leaf is now frozen, so its
-      old value is dropped.
+      old value is dropped. A leaf that has a counterpart is copied even if ``unused``
+      selects it.
 
     Adam's step count is copied like any other leaf. Newly unfrozen leaves then get
     almost no bias correction, and their first updates are about three times too large.
@@ -543,7 +545,7 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     leaves, without_value, mismatches = [], [], []
     for name, node in new_nodes.items():
         if _is_hole(node):
-            continue
+            continue  # holes belong to the structure of new, not to its leaves
         if name in fresh_names:
             leaves.append(node)
         elif name not in old_nodes:
@@ -614,7 +616,7 @@ def _selected_names(where: Where, tree: PyTree) -> set[str]:
 
 
 def _holds_none(tree: PyTree) -> bool:
-    """Returns whether a tree holds None in place of a leaf or container."""
+    """Returns whether a tree contains None."""
     return any(node is None for node in jax.tree.leaves(tree, is_leaf=_is_none))
 
 
@@ -624,7 +626,9 @@ def _is_none(node: Any) -> bool:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Cheap primitives: recomputing a result takes about as long as reading it from memory.
+# Cheap primitives, which rest may repeat to save memory. Most of them take about as
+# long as reading their result from memory. Special functions and random bits take
+# longer, but far less time than a product.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -661,7 +665,7 @@ _REDUCTIONS = frozenset(
 def hoist(
     fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
 ) -> tuple[Function, Function]:
-    """Splits a function into one that runs once per batch and one for every step.
+    """Splits a function into one that runs once per batch and one for each step.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
     ``fn(trainable, frozen, *batch)`` and has the same gradient with respect to
@@ -684,7 +688,7 @@ def hoist(
     least work.
 
     For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
-    and its ``tanh`` are early. The product is costly, and the ``tanh`` is cheap. The
+    and its ``tanh`` are early; the product is costly, and the ``tanh`` is cheap. The
     product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing ``x @ body``
     would take as many bytes, so ``hoist`` stores the ``tanh``, which leaves ``rest``
     less work. If ``fn`` cast the ``tanh`` to a wider dtype before the product with
@@ -693,7 +697,7 @@ def hoist(
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly: products, convolutions,
-    reductions, sorts, ... In detail:
+    reductions, sorts, ... Details:
 
     * An operation that wraps a function is never split and counts as costly: ``scan``,
       ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
@@ -701,20 +705,20 @@ def hoist(
       the layers is trainable. A ``jit`` without shardings is inlined. A ``custom_jvp``
       is cheap if everything in it is cheap.
     * If ``rest`` needs a costly early value, ``once`` stores it or something computed
-      from it, even if that is larger than the batch, as in ``x @ x.T``.
-    * Cheap operations count as free: ``rest`` repeats any number of them if that saves
-      one stored byte.
+      from it, even if the stored value is larger than the batch, as in ``x @ x.T``.
+    * Cheap operations count as free: ``rest`` will repeat any number of them to save a
+      single stored byte.
     * ``rest`` computes fixed values in every step even if they are costly. To avoid
-      that, compute them yourself and pass them as a part of ``frozen``.
+      that, compute them yourself and pass them as part of ``frozen``.
     * A cheap operation that combines an early value with a costly fixed value counts as
       costly. For example, ``(embeddings @ projection)[ids]`` is stored, because to
       rebuild it, ``rest`` would have to repeat the product.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
-      trainable: Whatever changes from step to step: the part to differentiate and, for
-        example, a random key. (A key in the batch would give the same random numbers in
-        every epoch.) With ``fn((params, key), frozen, x)``, differentiate
+      trainable: Everything that changes between steps: the part to differentiate and,
+        for example, a random key. (A key in the batch would give the same random
+        numbers in every epoch.) With ``fn((params, key), frozen, x)``, differentiate
         ``lambda params: rest((params, key), frozen, kept)``.
       frozen: The part that does not change.
       *batch: The data. Arrays that ``fn`` closes over are treated as constants.
@@ -732,11 +736,11 @@ def hoist(
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
-        ``jax.ShapeDtypeStruct`` are allowed.
+        ``jax.ShapeDtypeStruct`` also count as arrays.
 
     Warns:
-      UserWarning: If ``once`` would do no work that is worth hoisting: nothing but
-        cheap operations and reductions.
+      UserWarning: If ``once`` would run only cheap operations and reductions, which are
+        not worth hoisting.
 
     >>> head, body, x = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((5, 3))
     >>> model = lambda head, body, x: jnp.tanh(x @ body) @ head
@@ -843,16 +847,16 @@ def _describe_type(leaf: Any, weak_types: bool) -> str:
 
 
 class _Cost(enum.IntEnum):
-    """How much work an operation is. Everything that is not cheap is costly."""
+    """How costly an operation is. REDUCTION and HEAVY both count as costly."""
 
     CHEAP = 0
-    REDUCTION = 1  # on its own not worth hoisting
+    REDUCTION = 1  # not worth hoisting on its own
     HEAVY = 2  # all other operations
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operation on numbered values."""
+    """One step of a program."""
 
     run: Function  # takes the inputs and returns a list of the outputs
     inputs: list[int]  # the ids of values
@@ -877,10 +881,11 @@ class _Program:
 
 def _to_program(closed_jaxpr: Any) -> _Program:
     """Converts a traced function to a program and inlines plain jits."""
+    # Imported here so that partition and merge do not depend on JAX's internals.
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. For example, a trainable leaf that a scan carries but never uses
-    # would make the whole scan late. This keeps all constants.
+    # would make the whole scan late. All constants remain.
     live_jaxpr, _ = dce_jaxpr(
         closed_jaxpr.jaxpr,
         used_outputs=[True] * len(closed_jaxpr.out_avals),
@@ -894,6 +899,22 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     )
 
 
+def _equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
+    """Wraps one equation of a jaxpr as a function of its input variables.
+
+    The function runs a jaxpr that has only this equation. (To call ``Primitive.bind``
+    instead would lose the name scopes that profilers show.) The constructors of jaxprs
+    differ between versions of JAX, so this copies an existing jaxpr, ``template``, and
+    replaces its inputs, outputs and equations.
+    """
+    from jax.extend.core import jaxpr_as_fun
+
+    jaxpr = template.jaxpr.replace(
+        constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
+    )
+    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
+
+
 class _ProgramBuilder:
     """Numbers the values of a traced function and collects its operations."""
 
@@ -901,7 +922,7 @@ class _ProgramBuilder:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        self.template = template  # for _equation_function
+        self.template = template  # see _equation_function
 
     def new_value(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -913,13 +934,7 @@ class _ProgramBuilder:
         return value_id
 
     def add(self, jaxpr: Any, consts: Sequence[Any], inputs: list[int]) -> list[int]:
-        """Adds the operations of a jaxpr. Returns the ids of its outputs.
-
-        Args:
-          jaxpr: The jaxpr, without its constants.
-          consts: The constants.
-          inputs: The ids of the inputs.
-        """
+        """Adds the operations of a jaxpr. Takes and returns ids of values."""
         from jax.extend.core import Literal
 
         ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -933,11 +948,12 @@ class _ProgramBuilder:
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
+                # The body expects every argument, so a literal becomes a constant.
                 body = eqn.params["jaxpr"]
                 arguments = [id_of(atom) for atom in eqn.invars]
                 outputs = self.add(body.jaxpr, body.consts, arguments)
             else:
-                # Literals stay inside the equation.
+                # The equation contains its literals, so pass only its variables.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
@@ -953,26 +969,11 @@ class _ProgramBuilder:
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy array, because custom derivative rules may use ``.at``."""
+    """Converts a NumPy constant. A custom derivative rule may call ``.at`` on it."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
     with jax.ensure_compile_time_eval():  # a concrete array, even under a trace
         return jnp.asarray(constant)
-
-
-def _equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
-    """Wraps one equation of a jaxpr as a function of its input variables.
-
-    The function runs a jaxpr with one equation. The constructors of jaxprs differ
-    between versions of JAX, so this copies an existing one, ``template``, and replaces
-    its fields.
-    """
-    from jax.extend.core import jaxpr_as_fun
-
-    jaxpr = template.jaxpr.replace(
-        constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
-    )
-    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _is_plain_jit(eqn: Any) -> bool:
@@ -984,7 +985,7 @@ def _is_plain_jit(eqn: Any) -> bool:
 
 
 def _cost(eqn: Any) -> _Cost:
-    """Returns the cost of an equation: of its primitive or of its costliest part."""
+    """Returns the cost of an equation, or that of its costliest part."""
     name = eqn.primitive.name
     if name in _CHEAP:
         return _Cost.CHEAP
@@ -1023,7 +1024,7 @@ def _subprogram(
     If ``keep_effects`` is True, this includes all operations that have an effect.
     """
     given = set(inputs)
-    live = set(outputs) - given  # the values that remain to be computed
+    live = set(outputs) - given  # values that the chosen operations must compute
     operations = []
     for operation in reversed(program.operations):
         is_live = not live.isdisjoint(operation.outputs)
@@ -1038,8 +1039,8 @@ def _warn_if_useless(once_program: _Program) -> None:
     if any(operation.cost == _Cost.HEAVY for operation in once_program.operations):
         return
     warnings.warn(
-        "hoist found nothing worth computing once per batch: apart from reductions, "
-        "every costly operation depends on a trainable leaf or does not depend on the "
+        "hoist found nothing worth computing once per batch: every costly operation, "
+        "apart from reductions, depends on a trainable leaf or does not depend on the "
         "batch. If fn closes over the data, pass the data as the batch instead",
         stacklevel=3,
     )
@@ -1054,13 +1055,14 @@ def _values_to_keep(
     """
     late = set(trainable)
     early = set(batch)
-    # Fixed values that come from a costly operation or from another such value.
+    # Fixed values with a costly operation anywhere behind them.
     costly_fixed: set[int] = set()
     # Early values that rest needs.
     needed: set[int] = set()
     # Early values that must be stored if they are needed: the batch and costly results.
     cannot_rebuild = set(batch)
-    # All other early values, with the early values that they are rebuilt from.
+    # All other early values, with the early values that they are rebuilt from. (The
+    # fixed values that they also need are computed in every step anyway.)
     rebuilt_from: dict[int, list[int]] = {}
 
     for operation in program.operations:
@@ -1087,7 +1089,7 @@ def _values_to_keep(
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
-_Node: TypeAlias = tuple[int, str]  # of the flow network in _minimum_cut
+_Node: TypeAlias = tuple[int, str]  # an end of a pipe: its id and "in" or "out"
 
 
 def _minimum_cut(
@@ -1121,13 +1123,13 @@ def _minimum_cut(
       rebuilt_from: For all other values, the ids of the values to rebuild them from.
       sizes: The size of every value in bytes, by id.
     """
-    # The nodes are the two ends of each pipe: flow goes from (id, "in") to (id, "out").
+    # Through a pipe, flow goes from (id, "in") to (id, "out").
     sink: _Node = (-1, "sink")
     residual: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
     def connect(tail: _Node, head: _Node, capacity: float) -> None:
         residual[tail][head] = capacity
-        residual[head].setdefault(tail, 0)  # how much flow can be sent back
+        residual[head][tail] = 0  # the flow that can be sent back
 
     for value_id in cannot_rebuild:
         connect((value_id, "in"), (value_id, "out"), sizes[value_id])
@@ -1137,32 +1139,42 @@ def _minimum_cut(
         for input_id in input_ids:
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # The nodes that flow can still reach from a needed value, but from which no more
-    # flow can get to the sink. All edges that leave this set are full. They stay full,
-    # because later searches avoid the set. (To search from one needed value at a time
-    # is much faster than from all of them at once.)
+    # Search from one needed value at a time, which is much faster than from all of them
+    # at once. When a search fails, every edge that leaves the nodes it has reached is
+    # full, so no later flow can get through them. Later searches avoid these nodes.
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
-        came_from = _search(start, sink, residual, avoid=exhausted)
-        while sink in came_from:
-            path = []
-            node = sink
-            while node != start:
-                path.append((came_from[node], node))
-                node = came_from[node]
-            flow = min(residual[tail][head] for tail, head in path)
-            for tail, head in path:
-                residual[tail][head] -= flow
-                residual[head][tail] += flow
+        while True:
             came_from = _search(start, sink, residual, avoid=exhausted)
-        exhausted.update(came_from)
+            if sink not in came_from:
+                break
+            _send_flow(came_from, start, sink, residual)
+        exhausted.update(came_from.keys())
 
     cut = set()
     for value_id, end in exhausted:
         if end == "in" and (value_id, "out") not in exhausted:
             cut.add(value_id)
     return cut
+
+
+def _send_flow(
+    came_from: Mapping[_Node, _Node],
+    start: _Node,
+    goal: _Node,
+    residual: Mapping[_Node, dict[_Node, float]],
+) -> None:
+    """Sends as much flow as possible along the path that a search has found."""
+    path = []
+    node = goal
+    while node != start:
+        path.append((came_from[node], node))
+        node = came_from[node]
+    flow = min(residual[tail][head] for tail, head in path)
+    for tail, head in path:
+        residual[tail][head] -= flow
+        residual[head][tail] += flow
 
 
 def _search(
@@ -1191,8 +1203,8 @@ def _search(
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP and freeze the middle one.
-# If you only need the library, delete everything from here on. That is why the imports
-# of the example are down here.
+# If you only need the library, delete everything from here on. The imports of the
+# example are here for that reason.
 
 import argparse
 import itertools
@@ -1207,9 +1219,9 @@ Params: TypeAlias = dict[str, dict[str, Array]]
 def init(key: Array, sizes: Sequence[int], dtype: Any = jnp.float32) -> Params:
     """Initializes an MLP with the layers ``linear_0``, ``linear_1``, ...
 
-    The parameters equal those of Haiku's ``hk.nets.MLP`` bit for bit: weights from a
-    normal distribution with standard deviation 1 / sqrt(fan-in), truncated at two
-    standard deviations; and biases of zero.
+    The parameters equal those of Haiku's ``hk.nets.MLP`` bit for bit. The weights come
+    from a normal distribution with standard deviation 1 / sqrt(fan-in), truncated at
+    two standard deviations. The biases are zero.
 
     Args:
       key: A JAX random key.
@@ -1285,7 +1297,7 @@ def apply(params: Params, x: Array) -> Array:
         if layer != "linear_0":
             x = jax.nn.relu(x)
         x = x @ w  # (..., out)
-        # Broadcast explicitly, because of jax_numpy_rank_promotion="raise".
+        # Broadcast explicitly, for users who set jax_numpy_rank_promotion="raise".
         x = x + jnp.broadcast_to(b, x.shape)
     return x
 
@@ -1431,7 +1443,7 @@ def dataset(
 
     Args:
       key: A JAX random key.
-      num_records: The number of records. Each record is one batch.
+      num_records: The number of records, each of which is one batch.
       batch_size: The number of distinct examples in each batch.
       num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
