@@ -120,8 +120,9 @@ def percent(row: Row | None, key: str) -> str:
 
 def code(method: str) -> str:
     """Sets the names of methods that are code in backticks."""
-    is_code = method in ("partition", "hoist", "stop_gradient")
-    return f"`{method}`" if is_code else method
+    name, comma, variant = method.partition(",")
+    is_code = name in ("partition", "hoist", "stop_gradient")
+    return f"`{name}`{comma}{variant}" if is_code else method
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -243,7 +244,7 @@ def prefix(file: str, problem: str) -> str:
         "`partition`, ms per step",
         "`hoist`, ms per step",
         "`hoist`, speed-up",
-        "epochs until `hoist` pays",
+        "epochs until `hoist` pays off",
     ]
     return markdown(header, table)
 
@@ -303,7 +304,7 @@ def hardware(file: str) -> str:
     if card["platform"] == "cpu":
         machine = f"a CPU ({card['cpu']})"
     action = "Compiled for" if card["platform"] == "tpu" else "Measured on"
-    text = f"{action} {machine}, with jax {card['jax']} and Python {card['python']}"
+    text = f"{action} {machine}, with JAX {card['jax']} and Python {card['python']}"
     text += f", in {card['dtype']}, on {card['date']}"
     if card.get("commit") is not None:  # older results do not tell
         text += f", at commit {card['commit'][:10]}"
@@ -319,9 +320,10 @@ def matrix() -> str:
         if outcome != ["yes", "0", "0"]:
             raise SystemExit(f"matrix.md: not every test passes: {line}")
         names.append(name)
-    numbered = ", ".join(name for name in names if name != "newest")
+    *others, last = [name for name in names if name != "newest"]
+    numbered = f"{', '.join(others)} and {last}"
     return (
-        "The module's tests, including those with other libraries, pass on jax "
+        "The module's tests, including those with other libraries, pass on JAX "
         f"{numbered}. CI also runs them every week on the latest release."
     )
 
