@@ -303,7 +303,10 @@ def hardware(file: str) -> str:
     machine = f"{card['device_count']} x {card['device_kind']} ({card['cpu']})"
     if card["platform"] == "cpu":
         machine = f"a CPU ({card['cpu']})"
-    action = "Compiled for" if card["platform"] == "tpu" else "Measured on"
+    action = "Measured on"
+    if card["platform"] == "tpu":
+        action = "Compiled for"
+        machine = f"{card['device_count']} x {card['device_kind']}"
     text = f"{action} {machine}, with JAX {card['jax']} and Python {card['python']}"
     text += f", in {card['dtype']}, on {card['date']}"
     if card.get("commit") is not None:  # older results do not tell
