@@ -159,8 +159,8 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
       A tuple ``(selected, others)``.
 
     Raises:
-      ValueError: If a pattern matches no leaf, if ``where`` selects no leaf, or if a
-        tree of bools differs in structure from ``tree``.
+      ValueError: If a pattern matches no leaf, if ``where`` selects no leaf although
+        ``tree`` has some, or if a tree of bools differs in structure from ``tree``.
       TypeError: If ``where`` is none of the above, or if a predicate does not return a
         bool.
 
@@ -512,8 +512,8 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
       selects it.
 
     Adam's step count is copied like any other leaf. Newly unfrozen leaves then get
-    almost no bias correction, and their first updates are about three times too large.
-    To restart the count instead, select it with ``fresh``. Its name is ``0/count`` in
+    almost no bias correction, and their first update is about three times too large. To
+    restart the count instead, select it with ``fresh``. Its name is ``0/count`` in
     ``optax.adam``.
 
     Args:
@@ -539,8 +539,8 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     """
     new_nodes = _nodes_by_name(new, "new")
     old_nodes = _nodes_by_name(old, "old")
-    fresh_names = _selected_names(fresh, new)
-    unused_names = _selected_names(unused, old)
+    fresh_names = _selected_names("fresh", fresh, new)
+    unused_names = _selected_names("unused", unused, old)
 
     leaves, without_value, mismatches = [], [], []
     for name, node in new_nodes.items():
@@ -609,9 +609,14 @@ def _nodes_by_name(tree: PyTree, label: str) -> dict[str, Any]:
     return nodes
 
 
-def _selected_names(where: Where, tree: PyTree) -> set[str]:
+def _selected_names(label: str, where: Where, tree: PyTree) -> set[str]:
     """Returns the names of the leaves that ``where`` selects. There may be none."""
-    selection = _select(where, tree)
+    try:
+        selection = _select(where, tree)
+    except TypeError as error:
+        raise TypeError(f"{label}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
     return {name for name, chosen in zip(_names(tree), selection) if chosen}
 
 
@@ -678,8 +683,8 @@ def hoist(
       ``rest`` computes it in every step.
     * early: depends on the batch and is not late. ``once`` can compute it.
     * fixed: depends only on frozen leaves and constants. ``once`` never stores it,
-      because it would be stored again for every batch. ``rest`` computes it in every
-      step.
+      because it would be stored again for every batch. If ``rest`` needs it, it
+      computes it in every step.
 
     ``rest`` needs the early values that late operations read or that ``fn`` returns.
     ``once`` stores enough values for ``rest`` to rebuild all of these with cheap
@@ -708,8 +713,8 @@ def hoist(
       from it, even if the stored value is larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
-    * ``rest`` computes fixed values in every step even if they are costly. To avoid
-      that, compute them yourself and pass them as part of ``frozen``.
+    * ``rest`` computes the fixed values that it needs in every step, even if they are
+      costly. To avoid that, compute them yourself and pass them as part of ``frozen``.
     * A cheap operation that combines an early value with a costly fixed value counts as
       costly. For example, ``(embeddings @ projection)[ids]`` is stored, because to
       rebuild it, ``rest`` would have to repeat the product.
@@ -902,10 +907,10 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 def _equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
     """Wraps one equation of a jaxpr as a function of its input variables.
 
-    The function runs a jaxpr that has only this equation. (To call ``Primitive.bind``
-    instead would lose the name scopes that profilers show.) The constructors of jaxprs
-    differ between versions of JAX, so this copies an existing jaxpr, ``template``, and
-    replaces its inputs, outputs and equations.
+    The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
+    ``Primitive.bind`` instead would lose the name scope of the equation.) The
+    constructors of jaxprs differ between versions of JAX, so this copies an existing
+    jaxpr, ``template``, and replaces its inputs, outputs and equations.
     """
     from jax.extend.core import jaxpr_as_fun
 
@@ -1040,8 +1045,8 @@ def _warn_if_useless(once_program: _Program) -> None:
         return
     warnings.warn(
         "hoist found nothing worth computing once per batch: every costly operation, "
-        "apart from reductions, depends on a trainable leaf or does not depend on the "
-        "batch. If fn closes over the data, pass the data as the batch instead",
+        "apart from reductions, depends on a trainable leaf or has an effect, or does "
+        "not depend on the batch. If fn closes over data, pass the data as the batch",
         stacklevel=3,
     )
 
@@ -1062,7 +1067,7 @@ def _values_to_keep(
     # Early values that must be stored if they are needed: the batch and costly results.
     cannot_rebuild = set(batch)
     # All other early values, with the early values that they are rebuilt from. (The
-    # fixed values that they also need are computed in every step anyway.)
+    # cheap fixed values that they also need can be computed again.)
     rebuilt_from: dict[int, list[int]] = {}
 
     for operation in program.operations:
