@@ -36,7 +36,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -138,13 +138,17 @@ HOLE = Hole()
 
 
 @contextlib.contextmanager
-def raises(error: type[BaseException], *fragments: str) -> Iterator[None]:
-    """Expects an error whose message contains every fragment."""
+def raises(
+    error: type[BaseException], *fragments: str, absent: Sequence[str] = ()
+) -> Iterator[None]:
+    """Expects an error whose message has every fragment and no absent one."""
     with pytest.raises(error) as caught:
         yield
     message = str(caught.value)
     missing = [fragment for fragment in fragments if fragment not in message]
     assert missing == [], message
+    unwanted = [fragment for fragment in absent if fragment in message]
+    assert unwanted == [], message
 
 
 def paths(tree: PyTree) -> list[Any]:
@@ -159,7 +163,7 @@ def names(tree: PyTree) -> list[str]:
 
 def named(tree: PyTree) -> dict[str, Any]:
     """Each leaf by its name."""
-    return dict(zip(names(tree), jax.tree.leaves(tree)))
+    return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def is_hole(node: Any) -> bool:
@@ -176,33 +180,37 @@ def structure(tree: PyTree) -> Any:
     return jax.tree.structure(tree, is_leaf=is_hole)
 
 
+def pair_leaves(got: PyTree, want: PyTree) -> list[tuple[Any, Any]]:
+    """Asserts that the structures are equal, holes included, and pairs the leaves."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    return list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+
+
 def assert_identical(got: PyTree, want: PyTree) -> None:
-    """Structures, shapes, dtypes and all bits are equal."""
-    assert structure(got) == structure(want)
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    """Asserts that structures, shapes, dtypes and bits are equal."""
+    for g, w in pair_leaves(got, want):
         g, w = np.asarray(g), np.asarray(w)
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
         assert g.tobytes() == w.tobytes()
 
 
 def assert_close(got: PyTree, want: PyTree, tolerance: float = 1e-6) -> None:
-    """Structures, shapes and dtypes are equal, and values within the tolerance."""
-    assert structure(got) == structure(want)
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    """Asserts that structures, shapes and dtypes are equal, and values close."""
+    for g, w in pair_leaves(got, want):
         assert (np.shape(g), jnp.result_type(g)) == (np.shape(w), jnp.result_type(w))
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
         np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_objects(got: PyTree, want: PyTree) -> None:
-    """Structures are equal, and the leaves are the same objects, not copies."""
-    assert structure(got) == structure(want)
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    """Asserts that structures are equal and that the leaves are the same objects."""
+    for g, w in pair_leaves(got, want):
         assert g is w
 
 
 def changed(before: PyTree, after: PyTree) -> list[str]:
     """The names of the leaves that differ in any bit."""
+    assert names(before) == names(after)
     result = []
     for name, leaf in named(before).items():
         if np.asarray(leaf).tobytes() != np.asarray(named(after)[name]).tobytes():
@@ -687,11 +695,13 @@ def test_property_partition_by_predicate(case: tuple[PyTree, set[Any]]) -> None:
 
     # The predicate sees each leaf once, in tree order, with its path.
     assert [path for path, _ in asked] == paths(tree)
-    assert all(seen is leaf for (_, seen), leaf in zip(asked, jax.tree.leaves(tree)))
+    assert_same_objects([leaf for _, leaf in asked], jax.tree.leaves(tree))
 
     # A selected leaf is in the first tree alone, any other leaf in the second alone.
     path_of = iter(paths(tree))
-    for node, first, second in zip(nodes(tree), nodes(selected), nodes(others)):
+    for node, first, second in zip(
+        nodes(tree), nodes(selected), nodes(others), strict=True
+    ):
         if is_hole(node):
             assert is_hole(first)
             assert is_hole(second)
@@ -1084,7 +1094,7 @@ def test_property_summary_counts_as_numpy_does(case: tuple[PyTree, set[Any]]) ->
     lines = summary(selected=selected, others=others).splitlines()
     totals = {line.split()[0]: line.split()[1:3] for line in lines[-3:]}
     counts = {"selected": [0, 0], "others": [0, 0]}
-    for path, leaf in zip(paths(tree), jax.tree.leaves(tree)):
+    for path, leaf in zip(paths(tree), jax.tree.leaves(tree), strict=True):
         if callable(leaf) or isinstance(leaf, str):
             continue
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
@@ -1092,7 +1102,7 @@ def test_property_summary_counts_as_numpy_does(case: tuple[PyTree, set[Any]]) ->
         part = "selected" if path in selection else "others"
         counts[part][0] += array.size
         counts[part][1] += array.nbytes
-    counts["total"] = [sum(column) for column in zip(*counts.values())]
+    counts["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     for part, (count, size) in counts.items():
         assert totals[part] == [str(count), str(size)]
 
@@ -2828,7 +2838,7 @@ def listing(program: Program) -> str:
     """The program as text. Hypothesis prints it if the test fails."""
     lines = []
     labels = ["trainable", "frozen", "batch 0", "batch 1"]
-    for index, (label, vector) in enumerate(zip(labels, program.inputs)):
+    for index, (label, vector) in enumerate(zip(labels, program.inputs, strict=True)):
         lines.append(f"{index}: {label} -> {vector.dtype}[{vector.size}]")
     for index, step in enumerate(program.steps, start=FIRST_STEP):
         call = f"{step.operation.__name__}{step.inputs}"
@@ -3275,7 +3285,7 @@ def numpy_gradients() -> PyTree:
     """The gradients of the loss of PARAMS, by central differences in float64."""
     params = jax.tree.map(lambda leaf: np.array(leaf, np.float64), PARAMS)
     gradients = jax.tree.map(np.zeros_like, params)
-    for leaf, gradient in zip(jax.tree.leaves(params), jax.tree.leaves(gradients)):
+    for leaf, gradient in pair_leaves(params, gradients):
         for index in np.ndindex(leaf.shape):
             value = leaf[index]
             leaf[index] = value + 1e-6
@@ -3620,7 +3630,7 @@ def test_train_is_train_step_in_a_loop() -> None:
     scanned, scanned_losses = train(trainable, frozen, xs, ys, 0.3)
 
     losses = []
-    for x, y in zip(xs, ys):
+    for x, y in zip(xs, ys, strict=True):
         trainable, loss = train_step(trainable, frozen, x, y, 0.3)
         losses.append(loss)
     assert_close(scanned, trainable, 1e-5)
@@ -3728,7 +3738,7 @@ def guesses(params: PyTree, numbers: range) -> list[str]:
     """What main prints for a network: the class with the largest logit per number."""
     inputs = np.array(numbers)[:, None]
     labels = numpy_logits(params, inputs).argmax(axis=-1)
-    return [f"{number} -> {label}" for number, label in zip(numbers, labels)]
+    return [f"{n} -> {label}" for n, label in zip(numbers, labels, strict=True)]
 
 
 def test_main_learns_the_identity(capsys: pytest.CaptureFixture[str]) -> None:
