@@ -182,7 +182,8 @@ def structure(tree: PyTree) -> Any:
 
 def pair_leaves(got: PyTree, want: PyTree) -> list[tuple[Any, Any]]:
     """Asserts that the structures are equal, holes included, and pairs the leaves."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    got_structure: Any = jax.tree.structure(got)
+    assert got_structure == jax.tree.structure(want)
     return list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
 
 
@@ -826,45 +827,38 @@ def test_merge_many_parts() -> None:
 
 @pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize(
-    ("parts", "fragments"),
+    ("parts", "fragments", "absent"),
     [
         pytest.param(
             [{"ok": 1, "twice": 2}, {"ok": HOLE, "twice": 3}],
             ["'twice'", "part 0", "part 1"],
+            ["'ok'"],
             id="two parts",
         ),
         pytest.param(
             [[1, HOLE], [HOLE, 2], [3, HOLE]],
             ["'0'", "part 0", "part 2"],
+            ["'1'", "part 1"],
             id="not in adjacent parts",
         ),
         pytest.param(
             [[1, 2], [1, 2]],
             ["'0'", "'1'", "part 0", "part 1"],
+            [],
             id="the same tree twice",
         ),
     ],
 )
 def test_merge_refuses_an_overlap(
-    parts: list[PyTree], fragments: list[str], partial: bool
+    parts: list[PyTree], fragments: list[str], absent: list[str], partial: bool
 ) -> None:
-    with raises(ValueError, *fragments):
+    with raises(ValueError, *fragments, absent=absent):
         merge(*parts, partial=partial)
 
 
-@pytest.mark.parametrize(
-    ("parts", "fragments"),
-    [
-        pytest.param([{"ok": 1, "gone": HOLE}], ["'gone'"], id="one part"),
-        pytest.param(
-            [{"ok": 1, "gone": HOLE}, {"ok": HOLE, "gone": HOLE}], ["'gone'"], id="two"
-        ),
-        pytest.param([[HOLE] * 11], ["11"], id="more than ten"),
-    ],
-)
-def test_merge_refuses_a_lost_leaf(parts: list[PyTree], fragments: list[str]) -> None:
-    with raises(ValueError, *fragments):
-        merge(*parts)
+def test_merge_refuses_a_lost_leaf() -> None:
+    with raises(ValueError, "'gone'", absent=["'ok'"]):
+        merge({"ok": 1, "gone": HOLE})
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -899,17 +893,11 @@ def test_merge_refuses_other_structures(
         merge(*parts, partial=partial)
 
 
-def test_merge_lists_only_the_leaves_that_are_wrong() -> None:
-    with pytest.raises(ValueError, match="'twice'") as caught:
-        merge({"ok": 1, "twice": 2}, {"ok": HOLE, "twice": 3})
-    assert "'ok'" not in str(caught.value)
-
-
 def test_merge_lists_ten_leaves_at_most() -> None:
-    biases, _ = partition("*/b", BLOCKS)
-    with pytest.raises(ValueError, match="300") as caught:
-        merge(biases)
-    assert len(re.findall("block_", str(caught.value))) == 10
+    with raises(ValueError, "'0', '1',", "'9'", "11 in all", absent=["'10'"]):
+        merge([HOLE] * 11)
+    with raises(ValueError, "'0', '1',", "'9'", absent=["in all"]):
+        merge([HOLE] * 10)
 
 
 def test_merge_refuses_no_parts() -> None:
@@ -1130,7 +1118,20 @@ def adam(count: int, moments: PyTree) -> Adam:
     ("new", "old", "expected"),
     [
         pytest.param({"a": 0, "b": 0}, {"a": 7, "b": 8}, {"a": 7, "b": 8}, id="all"),
-        pytest.param([0, 0], {"0": 7, "1": 8}, [7, 8], id="a list that became a dict"),
+        pytest.param(
+            [0, 0], {"0": 7, "1": 8}, [7, 8], id="old list, restored as a dict"
+        ),
+        # JAX sorts the keys as strings: "0", "1", "10", "11", "2", ...
+        pytest.param(
+            [0] * 12,
+            {str(i): 100 + i for i in range(12)},
+            list(range(100, 112)),
+            id="old list of twelve, restored as a dict",
+        ),
+        # The fields are in the order w, b, and the keys in the order b, w.
+        pytest.param(
+            Layer(w=0, b=0), {"w": 7, "b": 8}, Layer(w=7, b=8), id="fields, not sorted"
+        ),
         pytest.param(
             {"linear_0": {"w": 0, "b": 0}},
             {"linear_0/w": 7, "linear_0/b": 8},
@@ -1349,21 +1350,77 @@ def test_warm_start_refuses_options(
         warm_start(tree, tree, **options)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=6))
-def test_property_warm_start(leaves: list[tuple[bool, bool, bool]]) -> None:
-    """Each leaf may have been trainable, may be trainable now, and may be fresh."""
-    old, new, fresh, expected = {}, {}, [], {}
-    for i, (was_trainable, is_trainable, is_fresh) in enumerate(leaves):
-        name = f"leaf_{i}"
-        old[name] = 100 + i if was_trainable else HOLE
-        new[name] = i if is_trainable else HOLE
-        if is_fresh and is_trainable:
+def flat_dict(nodes: dict[str, Any]) -> PyTree:
+    """A dict with keys such as "layer_0/w", in the given order."""
+    return collections.OrderedDict(nodes)
+
+
+def nested_dict(nodes: dict[str, Any]) -> PyTree:
+    """A dict of dicts, in the given order."""
+    tree = collections.OrderedDict()
+    for name, node in nodes.items():
+        layer, key = name.split("/")
+        tree[layer] = {key: node}
+    return tree
+
+
+class LeafPlan(NamedTuple):
+    """What the two trees of warm_start have at one name."""
+
+    in_new: str  # "leaf", "hole" or "nothing"
+    in_old: str
+    is_fresh: bool
+    is_unused: bool
+
+
+NODE_KINDS = st.sampled_from(["leaf", "leaf", "hole", "nothing"])
+PLANS = st.builds(LeafPlan, NODE_KINDS, NODE_KINDS, st.booleans(), st.booleans())
+
+
+@settings(max_examples=examples(4))
+@given(
+    st.lists(PLANS, max_size=6).flatmap(
+        lambda plans: st.permutations(list(enumerate(plans)))
+    ),
+    st.sampled_from([flat_dict, nested_dict]),
+    st.sampled_from([flat_dict, nested_dict]),
+)
+def test_property_warm_start(
+    plans: list[tuple[int, LeafPlan]], make_new: Any, make_old: Any
+) -> None:
+    """New has the names in order, and old in the order of the plans."""
+    old, new, expected = {}, {}, {}
+    fresh, unused, unmatched = [], [], []
+    for i, plan in plans:
+        name = f"layer_{i}/w"
+        if plan.in_new != "nothing":
+            new[name] = i if plan.in_new == "leaf" else HOLE
+        if plan.in_old != "nothing":
+            old[name] = 100 + i if plan.in_old == "leaf" else HOLE
+        if plan.in_new == "leaf" and plan.is_fresh:
             fresh.append(name)
-        if was_trainable and is_trainable and not is_fresh:
+        if plan.in_old == "leaf" and plan.is_unused:
+            unused.append(name)
+
+        if plan.in_new == "leaf" and plan.in_old == "nothing" and not plan.is_fresh:
+            unmatched.append(name)
+        if plan.in_old == "leaf" and plan.in_new == "nothing" and not plan.is_unused:
+            unmatched.append(name)
+        if plan.in_new == plan.in_old == "leaf" and not plan.is_fresh:
             expected[name] = old[name]
-        else:
+        elif name in new:
             expected[name] = new[name]
-    assert warm_start(new, old, fresh=fresh) == expected
+
+    new, expected = dict(sorted(new.items())), dict(sorted(expected.items()))
+    old_tree, new_tree = make_old(old), make_new(new)
+    if unmatched:
+        with pytest.raises(ValueError, match="'") as caught:
+            warm_start(new_tree, old_tree, fresh=fresh, unused=unused)
+        listed = re.findall(r"'(layer_\d/w)'", str(caught.value))
+        assert sorted(listed) == sorted(unmatched)
+    else:
+        result = warm_start(new_tree, old_tree, fresh=fresh, unused=unused)
+        assert result == make_new(expected)
 
 
 # -------------------------------------------------------------------------------- hoist
@@ -1745,34 +1802,39 @@ def test_hoist_does_not_compute_unused_values() -> None:
     assert in_once.count("dot_general") == 1
 
 
+# Since JAX 0.7, an option makes the constants of a jaxpr literals in it.
+LITERALS_OPTION = "jax_use_simplified_jaxpr_constants"
+LITERALS = [False, True] if LITERALS_OPTION in jax.config.values else [False]
+
+
 @contextlib.contextmanager
 def array_literals(on: bool) -> Iterator[None]:
-    """Since JAX 0.7, the constants of a jaxpr can be literals in it."""
-    option = "jax_use_simplified_jaxpr_constants"
-    if option not in jax.config.values:
+    """Sets the option, if this version of JAX has it."""
+    if LITERALS == [False]:
         yield
         return
-    before = jax.config.values[option]
-    jax.config.update(option, on)
+    before = jax.config.values[LITERALS_OPTION]
+    jax.config.update(LITERALS_OPTION, on)
     try:
         yield
     finally:
-        jax.config.update(option, before)
+        jax.config.update(LITERALS_OPTION, before)
 
 
 @pytest.mark.parametrize("inside_jit", [False, True])
-@pytest.mark.parametrize("literals", [False, True])
+@pytest.mark.parametrize("literals", LITERALS)
 def test_hoist_treats_a_closed_over_array_as_a_weight(
     inside_jit: bool, literals: bool
 ) -> None:
     weights = np.ones((4, 6), np.float32)
 
     def fn(t: Any, f: Any, x: Any) -> Any:
-        return x @ (weights @ weights.T) @ weights @ t
+        square = weights @ weights.T
+        return x @ square @ weights @ t @ square
 
     function = jax.jit(fn) if inside_jit else fn
     with array_literals(literals):
-        assert kept_arrays(function, T, None, X) == ["float32[8, 6]"]
+        assert kept_arrays(function, array(6, 4), None, X) == ["float32[8, 6]"]
 
 
 def test_hoist_keeps_the_boundary_between_stacked_layers() -> None:
@@ -2192,11 +2254,26 @@ def with_scan(w: Any, x: Any) -> Any:
 
 
 def with_while(w: Any, x: Any) -> Any:
-    return lax.while_loop(lambda x: jnp.sum(x) > 99, lambda x: x @ w, x)
+    """Three layers, in a loop that counts them."""
+
+    def is_running(state: Any) -> Any:
+        count, _ = state
+        return count < 3
+
+    def layer(state: Any) -> Any:
+        count, x = state
+        return count + 1, jnp.tanh(x @ w)
+
+    return lax.while_loop(is_running, layer, (0, x))[1]
 
 
-def with_cond(w: Any, x: Any) -> Any:
-    return lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
+# In the tests, x holds standard normal samples: far from 99.
+def with_first_branch(w: Any, x: Any) -> Any:
+    return lax.cond(x[0, 0] < 99, lambda: jnp.tanh(x @ w), lambda: jnp.sin(x))
+
+
+def with_second_branch(w: Any, x: Any) -> Any:
+    return lax.cond(x[0, 0] > 99, lambda: jnp.sin(x), lambda: jnp.tanh(x @ w))
 
 
 def with_checkpoint(w: Any, x: Any) -> Any:
@@ -2239,7 +2316,8 @@ def with_shard_map(w: Any, x: Any) -> Any:
 CONTROL_FLOW = [
     pytest.param(with_scan, "scan[", id="scan"),
     pytest.param(with_while, "while[", id="while"),
-    pytest.param(with_cond, "cond[", id="cond"),
+    pytest.param(with_first_branch, "cond[", id="cond that holds"),
+    pytest.param(with_second_branch, "cond[", id="cond that fails"),
     pytest.param(with_checkpoint, "remat", id="checkpoint"),
     pytest.param(with_custom_vjp, "custom_vjp_call", id="custom_vjp"),
     pytest.param(with_shard_map, "shard_map", id="shard_map"),
@@ -2392,10 +2470,13 @@ def dropout_loss(t: Any, f: Any, x: Any, key: Any) -> Any:
 
 def test_hoist_uses_the_key_that_is_in_the_batch() -> None:
     t, f, x = normal(6), normal(4, 6), normal(8, 4)
-    key, other_key = jax.random.key(1), jax.random.key(2)
-    once, rest = hoist(dropout_loss, t, f, x, key)
-    got = rest(t, f, once(f, x, other_key))
-    assert_close(got, dropout_loss(t, f, x, other_key), 1e-5)
+    keys = [jax.random.key(1), jax.random.key(2)]
+    want = [dropout_loss(t, f, x, key) for key in keys]
+    assert want[0] != want[1]
+
+    once, rest = hoist(dropout_loss, t, f, x, keys[0])
+    got = [rest(t, f, once(f, x, key)) for key in keys]
+    assert_close(got, want, 1e-5)
 
 
 def test_hoist_uses_the_key_that_each_step_passes() -> None:
@@ -2558,19 +2639,18 @@ def test_hoist_under_strict_settings() -> None:
 )
 def test_hoist_preserves_the_loss_of_the_mlp_bit_for_bit(where: str) -> None:
     trainable, frozen = partition(where, PARAMS)
-
     once, rest = hoist_quietly(loss_fn, trainable, frozen, INPUTS, LABELS)
 
-    @jax.jit
-    def hoisted_and_direct(trainable: PyTree, frozen: PyTree, x: Any, y: Any) -> PyTree:
-        hoisted = jax.value_and_grad(rest)(trainable, frozen, once(frozen, x, y))
-        return hoisted, jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
-
-    hoisted, direct = hoisted_and_direct(trainable, frozen, 2 * INPUTS, LABELS[::-1])
-    # Accelerators may round matrix products differently in the two programs.
+    # Compile each function on its own, as a user does: in one program, XLA could
+    # merge the two computations.
+    x, y = 2 * INPUTS, LABELS[::-1]
+    kept = jax.jit(once)(frozen, x, y)
+    hoisted = jax.jit(jax.value_and_grad(rest))(trainable, frozen, kept)
+    direct = jax.jit(jax.value_and_grad(loss_fn))(trainable, frozen, x, y)
     if jax.default_backend() == "cpu":
         assert_identical(hoisted, direct)
-    assert_close(hoisted, direct, 1e-2)
+    else:  # accelerators may round matrix products differently in two programs
+        assert_close(hoisted, direct, 1e-2)
 
 
 @pytest.mark.usefixtures("fully_optimized")
