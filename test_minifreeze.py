@@ -3230,15 +3230,11 @@ def matrix_programs(draw: DrawFn) -> MatrixProgram:
     return MatrixProgram(tuple(steps))
 
 
-@settings(max_examples=examples(1 / 4))
-@given(matrix_programs())
-def test_property_hoist_changes_no_value_and_no_gradient(
-    program: MatrixProgram,
-) -> None:
+def assert_hoist_preserves(program: MatrixProgram) -> None:
     t, f, x, y = normal(4, 3, 3)
     once, rest = hoist_quietly(program, t, f, x, y)
 
-    # New values, to catch any that hoist baked in.
+    # Use new values, to catch values baked in at trace time.
     t, f, x, y = normal(4, 3, 3, seed=1)
 
     @jax.jit
@@ -3248,6 +3244,26 @@ def test_property_hoist_changes_no_value_and_no_gradient(
 
     hoisted, direct = hoisted_and_direct(t, f, x, y)
     assert_close(hoisted, direct, 1e-3)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=name_of)
+def test_hoist_preserves_value_and_gradient_of(operation: Any) -> None:
+    """Tries the operation alone and in each call, on early and on late values."""
+    t, x, y = 0, 2, 3
+    steps = []
+    for call in [None, *CALLS]:
+        steps.append(MatrixStep(operation, (x, y), call))
+        early = 4 + len(steps)
+        steps.append(MatrixStep(operation, (t, early), call))
+    assert_hoist_preserves(MatrixProgram(tuple(steps)))
+
+
+@settings(max_examples=examples(1 / 6))
+@given(matrix_programs())
+def test_property_hoist_changes_no_value_and_no_gradient(
+    program: MatrixProgram,
+) -> None:
+    assert_hoist_preserves(program)
 
 
 # --------------------------------------------------------------------------------- init
