@@ -576,73 +576,87 @@ def one_mark_is_an_integer() -> PyTree:
             ["linear_1", "!*/bias"], ValueError, ["'!*/bias'"], id="excludes nothing"
         ),
         pytest.param(
-            "linear_1/w/0", ValueError, ["'linear_1/w'", "(3, 3)"], id="below a leaf"
+            "linear_1/w/0",
+            ValueError,
+            ["'linear_1/w' is a single leaf (float64 (3, 3))"],
+            id="below a leaf",
         ),
-        pytest.param("", ValueError, ["''"], id="the empty pattern"),
-        pytest.param(["*", "!"], ValueError, ["'!'"], id="the empty exclusion"),
-        pytest.param([], ValueError, ["empty"], id="empty list"),
-        pytest.param((), ValueError, ["empty"], id="empty tuple"),
+        pytest.param("", ValueError, ["pattern '' matches"], id="the empty pattern"),
+        pytest.param(
+            ["*", "!"], ValueError, ["pattern '!' matches"], id="the empty exclusion"
+        ),
+        pytest.param([], ValueError, ["an empty list"], id="empty list"),
+        pytest.param((), ValueError, ["an empty list"], id="empty tuple"),
         # If nothing is selected, the message lists every leaf, so also the last one.
         pytest.param(
             ["linear_0", "!*"],
             ValueError,
-            ["linear_10/w"],
+            ["none of the leaves 'linear_0/b'", "'linear_10/w'"],
             id="everything excluded again",
         ),
         pytest.param(
-            never, ValueError, ["linear_10/w"], id="predicate selects nothing"
+            never,
+            ValueError,
+            ["none of the leaves 'linear_0/b'", "'linear_10/w'"],
+            id="predicate selects nothing",
         ),
         pytest.param(
-            all_false(), ValueError, ["linear_10/w"], id="bools select nothing"
+            all_false(),
+            ValueError,
+            ["none of the leaves 'linear_0/b'", "'linear_10/w'"],
+            id="bools select nothing",
         ),
         pytest.param(
             returns_none_at_w,
             TypeError,
-            ["'linear_0/w'", "None"],
+            ["returned NoneType for the leaf 'linear_0/w'"],
             id="predicate returns None",
         ),
         pytest.param(
             returns_text,
             TypeError,
-            ["'linear_0/b'", "str"],
+            ["returned str for the leaf 'linear_0/b'"],
             id="predicate returns a string",
         ),
         pytest.param(
             returns_one,
             TypeError,
-            ["'linear_0/b'", "int"],
+            ["returned int for the leaf 'linear_0/b'"],
             id="predicate returns an integer",
         ),
         pytest.param(
             returns_array,
             TypeError,
-            ["'linear_0/b'", "ndarray"],
+            ["returned ndarray for the leaf 'linear_0/b'"],
             id="predicate returns an array",
         ),
         pytest.param(
             divides_by_zero, ZeroDivisionError, [], id="the predicate's own error"
         ),
-        pytest.param(None, TypeError, ["None"], id="None"),
+        pytest.param(None, TypeError, ["got None"], id="None"),
         pytest.param(
-            ["linear_1", 2], TypeError, ["strings", "2"], id="a string and a number"
+            ["linear_1", 2],
+            TypeError,
+            ["must be strings, got 2"],
+            id="a string and a number",
         ),
         pytest.param(
             one_mark_is_an_integer(),
             TypeError,
-            ["linear_1/b"],
+            ["got int at 'linear_1/b'"],
             id="a mark that is not a bool",
         ),
         pytest.param(
             {"linear_0": True},
             ValueError,
-            ["linear_1/b"],
-            id="bools in another structure",
+            ["'linear_10/w' are missing from where", "'linear_0' is missing"],
+            id="bools in a different structure",
         ),
         pytest.param(
             {f"layer_{i}": {"w": True, "b": True} for i in range(3)},
             ValueError,
-            ["layer_0/b", "linear_10/w"],
-            id="as many bools in another structure",
+            ["'linear_10/w' are missing from where", "'layer_0/b', 'layer_0/w'"],
+            id="as many bools in a different structure",
         ),
     ],
 )
@@ -654,14 +668,14 @@ def test_partition_refuses(
 
 
 def test_partition_refuses_arguments_in_the_wrong_order() -> None:
-    with raises(TypeError, "linear_0/b", "ndarray"):
+    with raises(TypeError, "got ndarray at 'linear_0/b'"):
         partition(LAYERS, "linear_1")
-    with raises(TypeError, "'w'", "int"):
+    with raises(TypeError, "got int at 'w'"):
         partition(Layer(1, 2), "w")
 
 
 def test_partition_refuses_a_pattern_if_there_are_no_leaves() -> None:
-    with raises(ValueError, "'*'"):
+    with raises(ValueError, "'*' matches no leaf: the tree has no leaves"):
         partition("*", {"a": None})
 
 
@@ -868,24 +882,38 @@ def test_merge_refuses_a_lost_leaf() -> None:
 @pytest.mark.parametrize(
     ("parts", "fragments"),
     [
-        pytest.param([{"a": HOLE}, {"b": HOLE}], ["'a'", "'b'"], id="other keys"),
         pytest.param(
-            [{"a": HOLE}, {"a": {"w": 1}}], ["'a/w'"], id="a hole for a subtree"
+            [{"a": HOLE}, {"b": HOLE}],
+            ["'b' is missing from part 0", "'a' is missing from part 1"],
+            id="different keys",
         ),
-        pytest.param([[1, None], [HOLE, 2]], ["'1'"], id="None for a leaf"),
+        pytest.param(
+            [{"a": HOLE}, {"a": {"w": 1}}],
+            ["'a/w' is missing from part 0"],
+            id="a hole for a subtree",
+        ),
+        pytest.param(
+            [[1, None], [HOLE, 2]], ["'1' is missing from part 0"], id="None for a leaf"
+        ),
         pytest.param(
             [[1], (HOLE,)],
             ["PyTreeDef([*])", "PyTreeDef((*,))"],
             id="a list and a tuple",
         ),
         pytest.param(
-            [Layer(1, 2, "x"), Layer(HOLE, HOLE, "y")], ["x", "y"], id="metadata"
+            [Layer(1, 2, "x"), Layer(HOLE, HOLE, "y")],
+            ["Layer[('x',)]", "Layer[('y',)]"],
+            id="metadata",
         ),
         pytest.param(
-            [Node([1], [0]), Node([HOLE], [7])], ["[0]", "[7]"], id="unhashable"
+            [Node([1], [0]), Node([HOLE], [7])],
+            ["Node[[0]]", "Node[[7]]"],
+            id="unhashable",
         ),
         pytest.param(
-            [Node([1], [float("nan")]), Node([HOLE], [float("nan")])], ["nan"], id="nan"
+            [Node([1], [float("nan")]), Node([HOLE], [float("nan")])],
+            ["Node[[nan]]"],
+            id="nan",
         ),
     ],
 )
@@ -904,7 +932,7 @@ def test_merge_lists_ten_leaves_at_most() -> None:
 
 
 def test_merge_refuses_no_parts() -> None:
-    with raises(TypeError, "merge"):
+    with raises(TypeError, "at least one part"):
         merge()
 
 
@@ -1058,23 +1086,33 @@ def test_summary_of_abstract_arrays_and_tracers() -> None:
 @pytest.mark.parametrize(
     ("parts", "error", "fragments"),
     [
-        pytest.param({}, TypeError, ["summary"], id="no part"),
-        pytest.param({"total": [1]}, ValueError, ["total"], id="a part called total"),
+        pytest.param({}, TypeError, ["at least one part"], id="no part"),
+        pytest.param(
+            {"total": [1]}, ValueError, ["called 'total'"], id="a part called total"
+        ),
         pytest.param(
             {"one": [1, 2], "two": [HOLE, 3]},
             ValueError,
-            ["'1'", "two"],
+            ["'1' is in one, two"],
             id="an overlap",
         ),
         pytest.param(
             {"one": {"x": 1}, "two": {"y": 2}},
             ValueError,
-            ["'x'", "'y'"],
-            id="other keys",
+            ["'y' is missing from one", "'x' is missing from two"],
+            id="different keys",
         ),
-        pytest.param({"one": [1], "two": (HOLE,)}, ValueError, ["one"], id="a tuple"),
         pytest.param(
-            {"one": BLOCKS, "two": BLOCKS}, ValueError, ["600"], id="600 overlaps"
+            {"one": [1], "two": (HOLE,)},
+            ValueError,
+            ["one is ..PyTreeDef([*])"],
+            id="a list and a tuple",
+        ),
+        pytest.param(
+            {"one": BLOCKS, "two": BLOCKS},
+            ValueError,
+            ["600 in all"],
+            id="600 overlaps",
         ),
     ],
 )
@@ -1265,91 +1303,120 @@ SHALLOW = {f"layer_{i}": np.ones(2) for i in range(12)}
 @pytest.mark.parametrize(
     ("new", "old", "fragments"),
     [
-        pytest.param({"a": 0}, {"b": 7}, ["'a'", "'b'"], id="no name in common"),
-        pytest.param({"a": 0, "b": 0}, {"a": 7}, ["'b'"], id="a leaf that old lacks"),
-        pytest.param({"a": 0}, {"a": 7, "b": 8}, ["'b'"], id="a leaf that new lacks"),
+        pytest.param(
+            {"a": 0},
+            {"b": 7},
+            ["no value for 'a'", "no place for 'b'"],
+            id="no name in common",
+        ),
+        pytest.param(
+            {"a": 0, "b": 0}, {"a": 7}, ["no value for 'b'"], id="a leaf that old lacks"
+        ),
+        pytest.param(
+            {"a": 0}, {"a": 7, "b": 8}, ["no place for 'b'"], id="a leaf that new lacks"
+        ),
         pytest.param(
             {"w": np.ones(2)},
             {"w": np.ones(3)},
-            ["'w'", "(2,)", "(3,)"],
-            id="another shape",
+            ["'w' is float64 (2,) in new and float64 (3,) in old"],
+            id="a different shape",
         ),
         pytest.param(
             {"w": np.ones(2, np.float32)},
             {"w": np.ones(2, np.float16)},
-            ["'w'", "float32", "float16"],
-            id="another dtype",
+            ["'w' is float32 (2,) in new and float16 (2,) in old"],
+            id="a different dtype",
         ),
-        pytest.param({"f": len}, {"f": "text"}, ["'f'", "str"], id="another type"),
+        pytest.param(
+            {"f": len},
+            {"f": "text"},
+            ["'f' is builtin_function_or_method - in new and str - in old"],
+            id="a different type",
+        ),
         pytest.param(
             {"body": 0, "norm": 0},
             {"trunk": 7, "norm": 8},
-            ["'body'", "'trunk'"],
+            ["no value for 'body'", "no place for 'trunk'"],
             id="a renamed body that shares one leaf",
         ),
         pytest.param(
-            DEEP, SHALLOW, ["'layer_12'", "'layer_15'"], id="12 layers for 16"
+            DEEP,
+            SHALLOW,
+            ["no value for 'layer_12'", "'layer_15'"],
+            id="old has 12 of 16 layers",
         ),
         pytest.param(
-            SHALLOW, DEEP, ["'layer_12'", "'layer_15'"], id="16 layers for 12"
+            SHALLOW,
+            DEEP,
+            ["no place for 'layer_12'", "'layer_15'"],
+            id="old has 4 layers too many",
         ),
         pytest.param(
             SHORTER_CHAIN,
             CLIPPED_CHAIN,
-            ["'0/mu/w'", "'1/mu/w'", "'2/count'"],
+            ["no value for '0/count', '0/mu/w'", "no place for '1/mu/w'", "'2/count'"],
             id="a chain whose indices have shifted",
         ),
         pytest.param(
             {"kernel": 0},
             {"kernel": {"value": 7}},
-            ["'kernel'", "'kernel/value'"],
+            ["no value for 'kernel'", "no place for 'kernel/value'"],
             id="boxed",
         ),
         pytest.param(
             {"a": 0, "b": 0},
             {"a": 7, "b": None},
-            ["'b'", "fresh"],
+            ["no value for 'b'", "restore holes as None"],
             id="None for a hole",
         ),
         pytest.param(
-            {"x": 0}, {"x": 1, "y": Twins(1, 2)}, ["'y/twin'", "old"], id="twins in old"
+            {"x": 0},
+            {"x": 1, "y": Twins(1, 2)},
+            ["two leaves of old have the name 'y/twin'"],
+            id="twins in old",
         ),
         pytest.param(
             {"a/b": 0, "a": {"b": 0}},
             {"a/b": 1},
-            ["'a/b'", "new"],
+            ["two leaves of new have the name 'a/b'"],
             id="one name twice in new",
         ),
-        pytest.param(BLOCKS, {"params": BLOCKS}, ["600"], id="600 leaves"),
     ],
 )
 def test_warm_start_refuses(new: PyTree, old: PyTree, fragments: list[str]) -> None:
-    with pytest.raises(ValueError, match=re.escape(fragments[0])) as caught:
+    with raises(ValueError, *fragments):
         warm_start(new, old)
-    message = str(caught.value)
-    assert [fragment for fragment in fragments if fragment not in message] == []
-    assert len(re.findall("block_", message)) <= 20  # ten of each side
+
+
+def test_warm_start_lists_ten_leaves_of_each_tree_at_most() -> None:
+    with pytest.raises(ValueError, match="600 in all") as caught:
+        warm_start(BLOCKS, {"params": BLOCKS})
+    assert len(re.findall(r"'block_", str(caught.value))) == 10
+    assert len(re.findall(r"'params/block_", str(caught.value))) == 10
 
 
 @pytest.mark.parametrize(
     ("options", "error", "fragments"),
     [
         pytest.param(
-            {"fresh": "haed"}, ValueError, ["'haed'", "head"], id="a typo in fresh"
+            {"fresh": "haed"}, ValueError, ["'haed'", "'head'"], id="a typo in fresh"
         ),
         pytest.param(
-            {"unused": "x"}, ValueError, ["'x'", "body"], id="a typo in unused"
+            {"unused": "x"}, ValueError, ["'x'", "'body'"], id="a typo in unused"
         ),
         pytest.param(
-            {"fresh": ["head", "x"]}, ValueError, ["'x'"], id="one of two patterns"
+            {"fresh": ["head", "x"]},
+            ValueError,
+            ["pattern 'x' matches none"],
+            id="one of two patterns",
         ),
         pytest.param(
             {"fresh": returns_text},
             TypeError,
-            ["'body'"],
+            ["returned str for the leaf 'body'"],
             id="predicate returns a string",
         ),
-        pytest.param({"fresh": None}, TypeError, ["None"], id="None"),
+        pytest.param({"fresh": None}, TypeError, ["got None"], id="None"),
     ],
 )
 def test_warm_start_refuses_options(
@@ -2727,7 +2794,7 @@ def test_hoist_passes_on_the_error_of_a_container() -> None:
 
 def test_hoist_passes_on_the_errors_of_fn() -> None:
     trainable, frozen = partition("linear_2", PARAMS)
-    with raises(TypeError, "float32"):
+    with raises(TypeError, "labels must be integers, got float32"):
         hoist(loss_fn, trainable, frozen, INPUTS, INPUTS[:, 0])
 
 
@@ -2739,13 +2806,13 @@ def hoisted_loss() -> tuple[Any, ...]:
 
 def test_once_refuses_another_batch() -> None:
     once, _, _, frozen = hoisted_loss()
-    with raises(ValueError, "batch/0", "(4, 3)", "(3, 3)"):
+    with raises(ValueError, "'batch/0': expected float32 (4, 3), got float32 (3, 3)"):
         once(frozen, INPUTS[:3], LABELS)
-    with raises(ValueError, "batch/0", "float32", "bfloat16"):
+    with raises(ValueError, "'batch/0': expected float32 (4, 3), got bfloat16 (4, 3)"):
         once(frozen, INPUTS.astype("bfloat16"), LABELS)
-    with raises(ValueError, "batch/0/x"):
+    with raises(ValueError, "'batch/0/x' is missing from what hoist traced"):
         once(frozen, {"x": INPUTS}, LABELS)
-    with raises(ValueError, "batch/1"):
+    with raises(ValueError, "'batch/1' is missing from this call"):
         once(frozen, INPUTS)
 
 
@@ -2761,29 +2828,41 @@ def test_rest_refuses_another_trainable_or_frozen_part() -> None:
     short = jax.tree.map(lambda leaf: leaf[:3], trainable)
     with raises(ValueError, "frozen/linear_0/w"):
         rest(trainable, trainable, kept)
-    with raises(ValueError, "trainable/linear_2/b", "(3,)", "(5,)"):
+    with raises(
+        ValueError, "'trainable/linear_2/b': expected float32 (5,), got float32 (3,)"
+    ):
         jax.grad(rest)(short, frozen, kept)
 
 
 def test_rest_refuses_another_kept() -> None:
     once, rest, trainable, frozen = hoisted_loss()
     kept = once(frozen, INPUTS, LABELS)
-    with raises(ValueError, "kept/1"):
+    with raises(ValueError, "'kept/1' is missing from this call"):
         rest(trainable, frozen, kept[:1])
-    with raises(ValueError, "kept/0", "float32", "int32"):
+    with raises(ValueError, "'kept/0': expected", "float32", "int32"):
         jax.jit(rest)(trainable, frozen, kept[::-1])
 
 
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["trainable", "frozen", "batch"])
 @pytest.mark.parametrize(
-    ("made_with", "called_with"),
+    ("made_with", "called_with", "fragment"),
     [
-        pytest.param(2.0, jnp.float32(2), id="an array for a number"),
-        pytest.param(jnp.float32(2), 2.0, id="a number for an array"),
+        pytest.param(
+            2.0,
+            jnp.float32(2),
+            "expected weak float32 (), got float32 ()",
+            id="an array for a number",
+        ),
+        pytest.param(
+            jnp.float32(2),
+            2.0,
+            "expected float32 (), got weak float32 ()",
+            id="a number for an array",
+        ),
     ],
 )
 def test_hoisted_functions_refuse_another_weak_type(
-    position: int, made_with: Any, called_with: Any
+    position: int, made_with: Any, called_with: Any, fragment: str
 ) -> None:
     # A Python number is weakly typed, which can change the dtypes of results.
     def fn(t: Any, f: Any, x: Any) -> Any:
@@ -2794,7 +2873,7 @@ def test_hoisted_functions_refuse_another_weak_type(
     once, rest = hoist_quietly(fn, *args)
     args[position] = called_with
     t, f, x = args
-    with raises(ValueError, "weak"):
+    with raises(ValueError, fragment):
         rest(t, f, once(f, x))
 
 
@@ -3304,12 +3383,12 @@ def test_init_with_an_old_key_and_numpy_sizes() -> None:
 @pytest.mark.parametrize(
     ("sizes", "fragments"),
     [
-        pytest.param([30], ["30"], id="one size"),
-        pytest.param([], ["[]"], id="no size"),
+        pytest.param([30], ["got [30]"], id="one size"),
+        pytest.param([], ["got []"], id="no size"),
         pytest.param([3, 0, 2], ["got 0"], id="zero"),
-        pytest.param([3, -17], ["-17"], id="negative"),
-        pytest.param([3.5, 2], ["3.5"], id="a float"),
-        pytest.param([3, True], ["True"], id="a bool"),
+        pytest.param([3, -17], ["got -17"], id="negative"),
+        pytest.param([3.5, 2], ["got 3.5"], id="a float"),
+        pytest.param([3, True], ["got True"], id="a bool"),
     ],
 )
 def test_init_refuses(sizes: Any, fragments: list[str]) -> None:
@@ -3358,25 +3437,36 @@ def with_layer(name: str, **leaves: Any) -> PyTree:
 @pytest.mark.parametrize(
     ("params", "x", "fragments"),
     [
-        pytest.param(PARAMS, normal(4, 2), ["linear_0", "(4, 2)"], id="x narrow"),
-        pytest.param(PARAMS, normal(4, 5), ["linear_0", "(4, 5)"], id="x wide"),
-        pytest.param(PARAMS, np.float32(1), ["linear_0", "()"], id="x a number"),
+        pytest.param(
+            PARAMS, normal(4, 2), ["linear_0 needs", "got shape (4, 2)"], id="x narrow"
+        ),
+        pytest.param(
+            PARAMS, normal(4, 5), ["linear_0 needs", "got shape (4, 5)"], id="x wide"
+        ),
+        pytest.param(
+            PARAMS, np.float32(1), ["linear_0 needs", "got shape ()"], id="x a number"
+        ),
         pytest.param(
             with_layer("linear_1", w=normal(5, 6)),
             INPUTS,
-            ["linear_1", "(4, 6)"],
+            ["linear_1 needs", "width 5", "got shape (4, 6)"],
             id="inner width",
         ),
         pytest.param(
-            with_layer("linear_1", b=normal(1)), INPUTS, ["linear_1", "(1,)"], id="bias"
+            with_layer("linear_1", b=normal(1)),
+            INPUTS,
+            ["linear_1 has", "b of shape (1,)"],
+            id="bias",
         ),
         pytest.param(
-            with_layer("linear_2", b=HOLE), INPUTS, ["linear_2", "merge"], id="a hole"
+            with_layer("linear_2", b=HOLE), INPUTS, ["linear_2 has holes"], id="a hole"
         ),
-        pytest.param({"a": 1}, INPUTS, ["'a'"], id="another name"),
-        pytest.param({}, INPUTS, ["linear_0"], id="no layer"),
-        pytest.param(LAYERS, INPUTS, ["linear_10"], id="linear_2 missing"),
-        pytest.param(BLOCKS, INPUTS, ["300"], id="300 other names"),
+        pytest.param({"a": 1}, INPUTS, ["but are 'a'"], id="a different name"),
+        pytest.param({}, INPUTS, ["but are nothing"], id="no layer"),
+        pytest.param(
+            LAYERS, INPUTS, ["'linear_1', 'linear_10'"], id="linear_2 missing"
+        ),
+        pytest.param(BLOCKS, INPUTS, ["300 in all"], id="300 different names"),
     ],
 )
 def test_apply_refuses(params: PyTree, x: Any, fragments: list[str]) -> None:
@@ -3513,7 +3603,7 @@ def test_loss_fn_gives_gradients_per_example() -> None:
 @pytest.mark.parametrize(
     ("y", "error", "fragments"),
     [
-        pytest.param(LABELS * 1.5, TypeError, ["float"], id="floats"),
+        pytest.param(LABELS * 1.5, TypeError, ["integers, got float"], id="floats"),
         pytest.param(LABELS[:3], ValueError, ["(3,)", "(4, 5)"], id="too few labels"),
         pytest.param(LABELS[:, None], ValueError, ["(4, 1)"], id="a column of labels"),
     ],
@@ -3577,7 +3667,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": HOLE},
             0.1,
             ValueError,
-            ["'w'"],
+            ["'w' is missing from grads"],
             id="a hole for a leaf",
         ),
         pytest.param(
@@ -3585,7 +3675,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": vector(1, 2)},
             np.ones((3, 1)),
             ValueError,
-            ["'w'", "(2,)", "(3, 1)"],
+            ["'w' has shape (2,)", "lr has shape (3, 1)"],
             id="lr of another shape",
         ),
         pytest.param(
@@ -3593,7 +3683,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": vector(1, 2)},
             0.1,
             ValueError,
-            ["'w'", "()", "(2,)"],
+            ["'w' has shape (), but its gradient has shape (2,)"],
             id="a gradient of another shape",
         ),
         pytest.param(
@@ -3601,7 +3691,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": np.array([1])},
             0.1,
             TypeError,
-            ["'w'", "int"],
+            ["'w' is int32"],
             id="integers",
         ),
         pytest.param(
@@ -3609,7 +3699,7 @@ def test_sgd_step_default_lr() -> None:
             {"w": np.array([1j])},
             0.1,
             TypeError,
-            ["'w'", "complex"],
+            ["'w' is complex64"],
             id="complex",
         ),
     ],
@@ -3717,13 +3807,15 @@ def test_train_step_under_strict_settings() -> None:
     ("trainable", "fragments"),
     [
         pytest.param(
-            as_dtype(PARAMS, np.int32), ["linear_0/b", "int32"], id="integers"
+            as_dtype(PARAMS, np.int32), ["'linear_0/b' is int32"], id="integers"
         ),
         pytest.param(
-            as_dtype(PARAMS, np.complex64), ["linear_0/b", "complex64"], id="complex"
+            as_dtype(PARAMS, np.complex64), ["'linear_0/b' is complex64"], id="complex"
         ),
         pytest.param(
-            {"key": jax.eval_shape(jax.random.key, 0)}, ["'key'"], id="a random key"
+            {"key": jax.eval_shape(jax.random.key, 0)},
+            ["'key' is key<"],
+            id="a random key",
         ),
     ],
 )
@@ -3828,11 +3920,13 @@ def test_dataset_depends_on_the_key() -> None:
 @pytest.mark.parametrize(
     ("sizes", "fragments"),
     [
-        pytest.param([-1], ["num_records"], id="no records"),
-        pytest.param([5, 0], ["batch_size"], id="empty batches"),
-        pytest.param([5, 2, 2.5], ["num_classes", "2.5"], id="a float"),
+        pytest.param([-1], ["num_records must be", "got -1"], id="no records"),
+        pytest.param([5, 0], ["batch_size must be", "got 0"], id="empty batches"),
+        pytest.param([5, 2, 2.5], ["num_classes must be", "got 2.5"], id="a float"),
         pytest.param(
-            [5, 11], ["batch_size", "11", "10"], id="more than there are classes"
+            [5, 11],
+            ["batch_size 11", "num_classes 10"],
+            id="more than there are classes",
         ),
     ],
 )
@@ -3922,12 +4016,14 @@ def assert_main_refuses(
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
-        pytest.param(["--steps", "0"], "0", id="no steps"),
-        pytest.param(["--steps", "10000001"], "10000001", id="too many steps"),
-        pytest.param(["--steps", "x"], "'x'", id="steps not a number"),
-        pytest.param(["--seed", "-1"], "-1", id="negative seed"),
-        pytest.param(["--seed", "4294967296"], "4294967296", id="seed of 33 bits"),
-        pytest.param(["--speed", "1"], "--speed", id="unknown option"),
+        pytest.param(["--steps", "0"], "10,000,000, got 0", id="no steps"),
+        pytest.param(["--steps", "10000001"], "got 10000001", id="too many steps"),
+        pytest.param(
+            ["--steps", "x"], "invalid int value: 'x'", id="steps not a number"
+        ),
+        pytest.param(["--seed", "-1"], "got -1", id="negative seed"),
+        pytest.param(["--seed", "4294967296"], "got 4294967296", id="seed of 33 bits"),
+        pytest.param(["--speed", "1"], "arguments: --speed", id="unknown option"),
     ],
 )
 def test_main_refuses(
@@ -4052,10 +4148,18 @@ def test_plot_refuses_a_folder_that_is_not_writable_before_it_trains(
 @pytest.mark.parametrize(
     ("file", "fragments"),
     [
-        pytest.param("picture", ["picture", "png", "pdf"], id="no suffix"),
-        pytest.param("picture.xyz", ["picture.xyz", "png", "pdf"], id="unknown suffix"),
-        pytest.param("missing/x.png", ["x.png", "folder"], id="no such folder"),
-        pytest.param("folder.png", ["folder.png"], id="a folder"),
+        pytest.param(
+            "picture", ["picture: the suffix must be one of png, pdf"], id="no suffix"
+        ),
+        pytest.param(
+            "picture.xyz",
+            ["picture.xyz: the suffix must be one of png, pdf"],
+            id="unknown suffix",
+        ),
+        pytest.param(
+            "missing/x.png", ["x.png: the folder does not exist"], id="no such folder"
+        ),
+        pytest.param("folder.png", ["folder.png: the path is a folder"], id="a folder"),
     ],
 )
 def test_plot_refuses(
