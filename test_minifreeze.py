@@ -289,7 +289,9 @@ INPUTS = normal(4, 3)
 LABELS: Any = np.array([3, 0, 4, 1], np.int32)
 
 
-# --------------------------------------------------- trees of every kind that JAX knows
+# ---------------------------------------- trees of the kinds of nodes that JAX allows
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any
@@ -985,7 +987,7 @@ def test_property_merge_inverts_partition(data: DataObject, tree: PyTree) -> Non
     parts, rest = [], tree
     for _ in range(data.draw(st.integers(1, 3), label="number of splits")):
         selection: set[Any] = set()
-        if paths(rest):
+        if paths(rest):  # partition rejects an empty selection from a tree with leaves
             selections = st.sets(st.sampled_from(paths(rest)), min_size=1)
             selection = data.draw(selections, label="selection")
         selected, rest = partition(selects(selection), rest)
@@ -2807,6 +2809,7 @@ def test_hoist_saves_the_products_of_the_frozen_layers() -> None:
     params = jax.eval_shape(lambda: init(jax.random.key(0), [256, 256, 256, 256, 10]))
     trainable, frozen = partition("linear_3", params)
     x, y = abstract(64, 256), abstract(64, dtype="int32")
+    # The jit must not hide the products from hoist, which inlines it.
     once, rest = hoist(jax.jit(loss_fn), trainable, frozen, x, y)
     kept = jax.eval_shape(once, frozen, x, y)
 
@@ -2955,36 +2958,36 @@ def test_hoisted_functions_reject_a_different_weak_type(
 # with the optimum, found by brute force.
 
 
-class Vector(NamedTuple):
+class VectorType(NamedTuple):
     """The shape and dtype of a value."""
 
     size: int
     dtype: str
 
 
-def sine(inputs: list[Any], result: Vector) -> Any:
+def sine(inputs: list[Any], result: VectorType) -> Any:
     return lax.sin(inputs[0])
 
 
-def add(inputs: list[Any], result: Vector) -> Any:
+def add(inputs: list[Any], result: VectorType) -> Any:
     return inputs[0] + inputs[1]
 
 
-def join(inputs: list[Any], result: Vector) -> Any:
+def join(inputs: list[Any], result: VectorType) -> Any:
     return jnp.concatenate(inputs)
 
 
-def shorter_copy(inputs: list[Any], result: Vector) -> Any:
+def shorter_copy(inputs: list[Any], result: VectorType) -> Any:
     """Has fewer elements, but more bytes if it turns bfloat16 into float32."""
     return lax.slice(inputs[0].astype(result.dtype), (0,), (result.size,))
 
 
-def product_with_weights(inputs: list[Any], result: Vector) -> Any:
+def product_with_weights(inputs: list[Any], result: VectorType) -> Any:
     weights = np.cos(np.arange(inputs[0].size * result.size))
     return inputs[0] @ weights.reshape(-1, result.size).astype(result.dtype)
 
 
-def running_sum(inputs: list[Any], result: Vector) -> Any:
+def running_sum(inputs: list[Any], result: VectorType) -> Any:
     return lax.cumsum(inputs[0])
 
 
@@ -3000,16 +3003,16 @@ FIRST_STEP = 4
 class Step:
     """An operation on earlier values of the program, identified by index."""
 
-    operation: Callable[[list[Any], Vector], Any]
+    operation: Callable[[list[Any], VectorType], Any]
     inputs: tuple[int, ...]
-    result: Vector
+    result: VectorType
 
 
 @dataclass(frozen=True)
 class Program:
     """A function that hoist can split. It returns the values at `outputs`."""
 
-    inputs: tuple[Vector, ...]
+    inputs: tuple[VectorType, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
 
@@ -3030,34 +3033,42 @@ class Program:
 # The most elements a value may have. A small limit means few shapes, so few
 # compilations.
 LARGEST = 6
-VECTORS = st.builds(Vector, st.integers(2, 4), st.sampled_from(["float32", "bfloat16"]))
+VECTOR_TYPES = st.builds(
+    VectorType, st.integers(2, 4), st.sampled_from(["float32", "bfloat16"])
+)
+
+
+def partners(operation: Any, size: int, value_types: list[VectorType]) -> list[int]:
+    """The values that `add` or `join` can combine with a value of the given size."""
+    result = []
+    for i, partner in enumerate(value_types):
+        if operation is add and partner.size == size:
+            result.append(i)
+        if operation is join and partner.size + size <= LARGEST:
+            result.append(i)
+    return result
 
 
 @st.composite
 def random_programs(draw: DrawFn) -> Program:
     """Programs of up to eight steps that return two to four values."""
-    vectors = draw(st.lists(VECTORS, min_size=4, max_size=4))
-    program_inputs = tuple(vectors)
+    value_types = draw(st.lists(VECTOR_TYPES, min_size=4, max_size=4))
+    program_inputs = tuple(value_types)
     steps = []
     if draw(st.booleans()):  # a costly operation on weights alone
-        steps.append(Step(running_sum, (FROZEN,), vectors[FROZEN]))
-        vectors.append(vectors[FROZEN])
+        steps.append(Step(running_sum, (FROZEN,), value_types[FROZEN]))
+        value_types.append(value_types[FROZEN])
     for _ in range(draw(st.integers(4, 7))):
         operation = draw(st.sampled_from(CHEAP + COSTLY))
-        index = draw(st.integers(0, len(vectors) - 1))
+        index = draw(st.integers(0, len(value_types) - 1))
         inputs = [index]
-        size, dtype = vectors[index]
+        size, dtype = value_types[index]
         if operation in (add, join):
-            partners = []
-            for i, partner in enumerate(vectors):
-                if operation is add and partner.size == size:
-                    partners.append(i)
-                if operation is join and partner.size + size <= LARGEST:
-                    partners.append(i)
-            if not partners:
-                continue
-            inputs.append(draw(st.sampled_from(partners)))
-            partner = vectors[inputs[1]]
+            candidates = partners(operation, size, value_types)
+            if not candidates:
+                continue  # leave this step out
+            inputs.append(draw(st.sampled_from(candidates)))
+            partner = value_types[inputs[1]]
             if operation is join:
                 size += partner.size
             if partner.dtype != dtype:
@@ -3067,11 +3078,11 @@ def random_programs(draw: DrawFn) -> Program:
             dtype = "bfloat16" if dtype == "float32" else "float32"
         elif operation is product_with_weights:
             size = draw(st.integers(2, 4))
-        vectors.append(Vector(size, dtype))
-        steps.append(Step(operation, tuple(inputs), vectors[-1]))
+        value_types.append(VectorType(size, dtype))
+        steps.append(Step(operation, tuple(inputs), value_types[-1]))
     # Hypothesis prefers small numbers. Count from the end so that outputs tend to come
     # from the last steps, which makes most steps necessary.
-    last = len(vectors) - 1
+    last = len(value_types) - 1
     indices = st.integers(0, last).map(lambda age: last - age)
     outputs = draw(st.lists(indices, min_size=2, max_size=4, unique=True))
     return Program(program_inputs, tuple(steps), tuple(outputs))
@@ -3081,8 +3092,10 @@ def listing(program: Program) -> str:
     """The program as text. Hypothesis prints it if the test fails."""
     lines = []
     labels = ["trainable", "frozen", "batch 0", "batch 1"]
-    for index, (label, vector) in enumerate(zip(labels, program.inputs, strict=True)):
-        lines.append(f"{index}: {label} -> {vector.dtype}[{vector.size}]")
+    for index, (label, value_type) in enumerate(
+        zip(labels, program.inputs, strict=True)
+    ):
+        lines.append(f"{index}: {label} -> {value_type.dtype}[{value_type.size}]")
     for index, step in enumerate(program.steps, start=FIRST_STEP):
         call = f"{step.operation.__name__}{step.inputs}"
         lines.append(f"{index}: {call} -> {step.result.dtype}[{step.result.size}]")
@@ -3168,8 +3181,8 @@ def best_to_keep(program: Program, nbytes: list[int]) -> tuple[int, ...]:
 def test_property_hoist_keeps_a_minimum_cut(program: Program) -> None:
     note(listing(program))
     numbers = [
-        normal(vector.size, seed=i).astype(vector.dtype)
-        for i, vector in enumerate(program.inputs)
+        normal(value_type.size, seed=i).astype(value_type.dtype)
+        for i, value_type in enumerate(program.inputs)
     ]
     t, f, *batch = jax.device_put(numbers)
     once, rest = hoist_quietly(program, t, f, *batch)
@@ -4048,6 +4061,15 @@ def guesses(params: PyTree, numbers: range) -> list[str]:
     return [f"{n} -> {label}" for n, label in zip(numbers, labels, strict=True)]
 
 
+def four_steps(seed: int) -> tuple[PyTree, PyTree, Any]:
+    """The parameters before and after four steps of main, and the losses."""
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    before = init(init_key, [1, 300, 100, 10])
+    trainable, frozen = partition("!linear_1", before)
+    trainable, losses = train(trainable, frozen, *dataset(data_key, 4))
+    return before, merge(trainable, frozen), losses
+
+
 def test_main_learns_the_identity(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_main(capsys)
     learned = [f"{number} -> {number}" for number in range(10)]
@@ -4063,12 +4085,9 @@ def test_main_prints_what_its_functions_compute(
 ) -> None:
     lines = run_main(capsys, "--steps", "4", "--seed", str(2**32 - 1))
 
-    init_key, data_key = jax.random.split(jax.random.key(2**32 - 1))
-    before = init(init_key, [1, 300, 100, 10])
+    before, after, losses = four_steps(seed=2**32 - 1)
     trainable, frozen = partition("!linear_1", before)
     table = summary(trainable=trainable, frozen=frozen).splitlines()
-    trainable, losses = train(trainable, frozen, *dataset(data_key, 4))
-    after = merge(trainable, frozen)
 
     assert section(lines, "before training") == guesses(before, range(10))
     assert section(lines, "after training") == guesses(after, range(10))
@@ -4183,11 +4202,8 @@ def test_plot_draws_every_parameter_before_and_after(tmp_path: Path) -> None:
     assert file.read_text() == "the new picture"
     assert os.listdir(tmp_path) == ["params.PNG"]
 
-    init_key, data_key = jax.random.split(jax.random.key(42))
-    before = init(init_key, [1, 300, 100, 10])
-    trainable, frozen = partition("!linear_1", before)
-    trainable, _ = train(trainable, frozen, *dataset(data_key, 4))
-    after = merge(trainable, frozen)
+    before, after, _ = four_steps(seed=42)
+    _, frozen = partition("!linear_1", before)
 
     assert FakeFigure.saved is not None
     row_before, row_after = FakeFigure.saved.axes
