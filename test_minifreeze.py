@@ -3158,7 +3158,7 @@ def values_to_rebuild(
 
 
 def best_to_keep(program: Program, nbytes: list[int]) -> tuple[int, ...]:
-    """The smallest set (in bytes) of early values that allows to rebuild all others.
+    """The smallest set (in bytes) of values from which `rest` can rebuild all others.
 
     Minimum cuts form a lattice, and all sizes are positive. Therefore the latest
     minimum cut is the only one with the fewest values to rebuild.
