@@ -1440,10 +1440,16 @@ def test_warm_start_lists_ten_leaves_of_each_tree_at_most() -> None:
     ("options", "error", "fragments"),
     [
         pytest.param(
-            {"fresh": "haed"}, ValueError, ["'haed'", "'head'"], id="a typo in fresh"
+            {"fresh": "haed"},
+            ValueError,
+            ["fresh: pattern 'haed'", "'head'"],
+            id="a typo in fresh",
         ),
         pytest.param(
-            {"unused": "x"}, ValueError, ["'x'", "'body'"], id="a typo in unused"
+            {"unused": "x"},
+            ValueError,
+            ["unused: pattern 'x'", "'body'"],
+            id="a typo in unused",
         ),
         pytest.param(
             {"fresh": ["head", "x"]},
@@ -1457,7 +1463,7 @@ def test_warm_start_lists_ten_leaves_of_each_tree_at_most() -> None:
             ["returned str for the leaf 'body'"],
             id="predicate returns a string",
         ),
-        pytest.param({"fresh": None}, TypeError, ["got None"], id="None"),
+        pytest.param({"fresh": None}, TypeError, ["fresh: ", "got None"], id="None"),
     ],
 )
 def test_warm_start_rejects_options(
