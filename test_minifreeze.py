@@ -1143,7 +1143,7 @@ def test_summary_of_abstract_arrays_and_tracers() -> None:
         pytest.param(
             {"one": [1], "two": (HOLE,)},
             ValueError,
-            ["one is ..PyTreeDef([*])"],
+            ["one has ..PyTreeDef([*])"],
             id="a list and a tuple",
         ),
         pytest.param(
@@ -1407,7 +1407,7 @@ SHALLOW = {f"layer_{i}": np.ones(2) for i in range(12)}
         pytest.param(
             {"a": 0, "b": 0},
             {"a": 7, "b": None},
-            ["no value for 'b'", "restore holes as None"],
+            ["no value for 'b'", "old contains None"],
             id="None for a hole",
         ),
         pytest.param(
