@@ -267,14 +267,8 @@ def build_step(problem: Problem, case: Case) -> Step:
         params, moments = optimizer.update(params, grads, moments)
         return (params, moments), loss
 
-    shapes = state_shapes(problem, optimizer, gradients.params)
+    shapes = new_state(problem, optimizer, shapes_of(gradients.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-
-    def init() -> Tree:
-        if is_abstract(problem.params):
-            return shapes
-        params = jax.tree.map(jnp.copy, gradients.params)
-        return jax.device_put((params, optimizer.init(params)), shardings)
 
     def get_params(state: Tree) -> Tree:
         params, _ = state
@@ -285,14 +279,14 @@ def build_step(problem: Problem, case: Case) -> Step:
     donated = (0,) if case.donate else ()
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
-        init=init,
+        init=partial(new_state, problem, optimizer, gradients.params),
         args=gradients.args,
         same_step_group=same_step_group(case),
         get_params=get_params,
         features=gradients.features,
         remark=gradients.remark,
         trainable_bytes=tree_bytes(trainable),
-        written_bytes=tree_bytes(state_shapes(problem, optimizer, trainable)),
+        written_bytes=tree_bytes(new_state(problem, optimizer, shapes_of(trainable))),
     )
 
 
@@ -314,10 +308,7 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         references.setdefault(step.same_step_group, (case, after))
         reference, expected = references[step.same_step_group]
         for path, leaf in after.items():
-            if path in expected:
-                mismatch = deviation(before[path], leaf, expected[path])
-            else:
-                mismatch = change_of_frozen(before[path], leaf)
+            mismatch = deviation(before[path], leaf, expected.get(path))
             if mismatch is None:
                 continue
             message = f"{full_name(case)}: {leaf_name(path)!r} {mismatch}"
@@ -663,13 +654,16 @@ def deviation(start: Any, got: Any, expected: Any) -> str | None:
 
     The tolerance is the sum of two parts: 1% of the largest change (8 ulps if that is
     more), because GPUs use TF32 for float32 products, and 4 ulps of the largest value.
-    Returns None if the parameter is within it.
+    A frozen parameter, without an expected value, must not change at all. Returns None
+    if the parameter is as expected.
     """
     finfo: Any = jnp.finfo  # it has no type annotations
     eps = float(finfo(got.dtype).eps)
-    start, got, expected = np.float32(start), np.float32(got), np.float32(expected)
-    if not np.isfinite(got).all():
+    if not np.isfinite(np.float32(got)).all():
         return "is not finite after the step"
+    if expected is None:
+        return None if np.array_equal(start, got) else "is frozen, but it changed"
+    start, got, expected = np.float32(start), np.float32(got), np.float32(expected)
     error = np.abs(got - expected).max(initial=0)
     largest_change = np.abs(expected - start).max(initial=0)
     largest_value = np.abs(start).max(initial=0)
@@ -677,14 +671,6 @@ def deviation(start: Any, got: Any, expected: Any) -> str | None:
     if error > tolerance:
         return f"is off by {error:.3g} (tolerance {tolerance:.3g})"
     return None
-
-
-def change_of_frozen(start: Any, got: Any) -> str | None:
-    """Describes how a frozen parameter changed. Returns None if it did not."""
-    if np.array_equal(start, got):
-        return None
-    change = np.abs(np.float32(got) - np.float32(start)).max()
-    return f"is frozen, but changed by {change:.3g}"
 
 
 def to_host(tree: Tree) -> Arrays:
@@ -950,32 +936,37 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
 
 # -------------------------------------------------------------------- several devices
 def place(
-    problem: Problem, devices: Sequence[jax.Device], sharded: bool = False
+    problem: Problem,
+    devices: Sequence[jax.Device],
+    sharded: bool = False,
+    abstract: bool = False,
 ) -> Problem:
     """Places a problem on devices, giving each device its own copy of the batch.
 
     Args:
-        problem: with arrays, or with shapes, which then get a sharding.
+        problem: with arrays or shapes.
         devices: they share the rows of the batch.
         sharded: also shard each parameter along its first evenly divisible axis.
             Otherwise each device stores all parameters.
+        abstract: return shapes with shardings instead of arrays.
     """
-    count = len(devices)
     mesh = Mesh(np.array(devices), ("data",))
-    placed = replace(problem, devices=devices, sharded=sharded)
+
+    def repeat(leaf: Any) -> Any:
+        return jnp.concatenate([leaf] * len(devices)) if len(devices) > 1 else leaf
 
     def put_batch(leaf: Any) -> Any:
         if leaf.shape[:1] != (problem.batch_rows,):  # for instance a random key
             return put(leaf, NamedSharding(mesh, PartitionSpec()))
-        if is_abstract(leaf):
-            shape = (count * problem.batch_rows, *leaf.shape[1:])
-            leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-        elif count > 1:
-            leaf = jnp.concatenate([leaf] * count)
-        return put(leaf, NamedSharding(mesh, PartitionSpec("data")))
+        rows = jax.eval_shape(repeat, leaf) if is_abstract(leaf) else repeat(leaf)
+        return put(rows, NamedSharding(mesh, PartitionSpec("data")))
 
-    params = place_params(placed, problem.params)
-    return replace(placed, params=params, batch=jax.tree.map(put_batch, problem.batch))
+    params, batch = problem.params, problem.batch
+    if abstract:
+        params, batch = shapes_of((params, batch))
+    placed = replace(problem, devices=devices, sharded=sharded)
+    params = place_params(placed, params)
+    return replace(placed, params=params, batch=jax.tree.map(put_batch, batch))
 
 
 def place_params(problem: Problem, tree: Tree) -> Tree:
@@ -995,11 +986,9 @@ def place_params(problem: Problem, tree: Tree) -> Tree:
     return jax.tree.map(put_param, tree)
 
 
-def shapes_of(problem: Problem) -> Problem:
-    """Returns the problem with shapes in the place of arrays."""
-    arrays = (problem.params, problem.batch)
-    params, batch = jax.eval_shape(lambda tree: tree, arrays)
-    return replace(problem, params=params, batch=batch)
+def shapes_of(tree: Tree) -> Tree:
+    """Returns a tree with the shapes of its arrays."""
+    return jax.eval_shape(lambda tree: tree, tree)
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:
@@ -1013,10 +1002,18 @@ def is_abstract(tree: Tree) -> bool:
     return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
 
 
-def state_shapes(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
-    """Returns the shapes and shardings of a step's state."""
-    params, moments = jax.eval_shape(lambda p: (p, optimizer.init(p)), params)
-    return place_params(problem, (params, moments))
+def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
+    """Returns a step's first state: copies of the parameters, and their moments.
+
+    If the parameters are shapes, so is the state.
+    """
+
+    def copy(params: Tree) -> Tree:
+        return jax.tree.map(jnp.copy, params), optimizer.init(params)
+
+    if is_abstract(params):
+        return place_params(problem, jax.eval_shape(copy, params))
+    return place_params(problem, copy(params))
 
 
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
@@ -1028,8 +1025,8 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         used = devices[: case.devices]
         if case.devices == 1:
             used = jax.local_devices()[:1]  # each process has its own
-        unplaced = shapes_of(problem) if case.simulated else problem
-        return build_step(place(unplaced, used, case.layout == "sharded"), case)
+        placed = place(problem, used, case.layout == "sharded", case.simulated)
+        return build_step(placed, case)
 
     simulated: list[Case] = []
     for count in device_counts(options, len(devices)):
@@ -1200,7 +1197,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     steps = {loop_case: loop, scan_case: scan}
     title = (
         f"seed: one step of the walk-through. The loop repeats one batch; "
-        f"the scan reads {RUN_STEPS:,} different batches."
+        f"the scan reads {RUN_STEPS:,} batches."
     )
     yield title, measure([loop_case, scan_case], lambda case: steps[case], options)
 
@@ -1305,24 +1302,20 @@ def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         if leaf.ndim > 0 and not is_key:
             data.append(leaf)
-    if given is not None:
-        data = [leaf for leaf in data if leaf.shape[0] == given]
-        if not data:
-            raise ValueError(f"no leaf of the batch has a first axis of {given}")
     lengths = sorted({leaf.shape[0] for leaf in data})
-    if len(lengths) != 1:
-        raise ValueError(
-            f"the leaves of the batch have first axes {lengths}; pass the number of "
-            "rows with --batch N"
-        )
+    if given is None and len(lengths) != 1:
+        message = f"the leaves of the batch have first axes {lengths}"
+        raise ValueError(f"{message}; pass the number of rows with --batch N")
+    if given is not None and given not in lengths:
+        raise ValueError(f"no leaf of the batch has a first axis of {given}")
 
-    def is_token_ids(leaf: Any) -> bool:
-        return leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
-
-    same_shape = len({leaf.shape for leaf in data}) == 1
-    if same_shape and all(is_token_ids(leaf) for leaf in data):
-        return lengths[0], data[0].shape[1]
-    return lengths[0], None
+    rows = lengths[0] if given is None else given
+    data = [leaf for leaf in data if leaf.shape[0] == rows]
+    for leaf in data:
+        is_token_ids = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if not is_token_ids or leaf.shape != data[0].shape:
+            return rows, None
+    return rows, data[0].shape[1]
 
 
 # ---------------------------------------------------------------------------- options
@@ -1746,24 +1739,17 @@ def measure_peaks(dtype: str) -> tuple[float, float]:
     matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
     matrix /= math.sqrt(side)  # repeated products neither vanish nor overflow
 
-    def multiply(product: jax.Array, a: jax.Array) -> tuple[jax.Array, None]:
-        return product @ a, None
-
-    def increment(vector: jax.Array) -> tuple[jax.Array, None]:
-        return vector + 1, None
-
-    def new_vector() -> jax.Array:
-        return jnp.zeros(PEAK_VECTOR_BYTES // 4, jnp.float32)
-
-    product = Step(jax.jit(multiply), init=lambda: matrix, args=(matrix,))
-    bandwidth = Step(jax.jit(increment, donate_argnums=0), init=new_vector)
-    timings = time_rounds({"product": product, "bandwidth": bandwidth}, rounds=5)
-    flops = 2 * side**3
+    multiply = jax.jit(lambda product, a: (product @ a, None))
+    increment = jax.jit(lambda vector: (vector + 1, None), donate_argnums=0)
+    size = PEAK_VECTOR_BYTES // 4  # of float32
+    steps = {
+        "product": Step(multiply, init=lambda: matrix, args=(matrix,)),
+        "bandwidth": Step(increment, init=lambda: jnp.zeros(size, jnp.float32)),
+    }
+    timings = time_rounds(steps, rounds=5)
+    flops = 2 * side**3 / min(timings["product"].samples)
     bytes_moved = 2 * PEAK_VECTOR_BYTES  # read and written
-    return (
-        flops / min(timings["product"].samples),
-        bytes_moved / min(timings["bandwidth"].samples),
-    )
+    return flops, bytes_moved / min(timings["bandwidth"].samples)
 
 
 def cpu_name() -> str:
@@ -1910,9 +1896,9 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
     columns.append(number_column("memory", rows, "memory_bytes", "B"))
     if on_devices:
         columns.append(number_column("sent", rows, "sent_bytes", "B"))
-        columns.append(percent_column("efficiency", rows, "efficiency"))
+        columns.append(number_column("efficiency", rows, "efficiency", "%"))
     if not (on_devices and timed):  # they would not all fit on a line
-        columns.append(percent_column("limit", rows, "limit_share"))
+        columns.append(number_column("limit", rows, "limit_share", "%"))
         columns.append(number_column("", rows, "flops", "FLOP"))
         columns.append(number_column("", rows, "rows_per_s", f" {rows[0]['unit']}/s"))
 
@@ -1949,17 +1935,12 @@ def time_column(rows: Sequence[Row]) -> Column:
 def number_column(title: str, rows: Sequence[Row], key: str, unit: str) -> Column:
     """Formats a column of plain numbers, with their unit in its title."""
     scale, prefix = si_prefix([row[key] for row in rows])
+    if unit == "%":
+        scale, prefix = 0.01, ""
     cells = []
     for row in rows:
         cells.append("" if row[key] is None else three_digits(row[key] / scale))
     return f"{title} {prefix}{unit}".strip(), cells
-
-
-def percent_column(title: str, rows: Sequence[Row], key: str) -> Column:
-    cells = []
-    for row in rows:
-        cells.append("" if row[key] is None else f"{row[key]:.0%}")
-    return title, cells
 
 
 def speedup_text(row: Row) -> str:
@@ -2104,13 +2085,12 @@ def legend(options: Namespace) -> str:
 # ------------------------------------------------------------------------- the answer
 def answer(tables: Sequence[Sequence[Row]]) -> str:
     """Returns the conclusion, in a few sentences."""
+    last_rows = {rows[0]["table"]: rows for rows in tables}  # of each kind of table
     lines = []
-    methods = [rows for rows in tables if rows[0]["table"] == "methods"]
-    if methods:
-        lines.append(answer_methods(methods[-1]))
-    devices = [rows for rows in tables if rows[0]["table"] == "devices"]
-    if devices:
-        lines.append(answer_devices(devices[-1]))
+    if "methods" in last_rows:
+        lines.append(answer_methods(last_rows["methods"]))
+    if "devices" in last_rows:
+        lines.append(answer_devices(last_rows["devices"]))
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines if line)
 
 
@@ -2184,18 +2164,18 @@ def answer_hoist(hoist: Row, partition: Row | None) -> str:
 
 
 def answer_devices(rows: Sequence[Row]) -> str:
-    last = rows[-1]
-    devices, layout = last["devices"], last["layout"]
-    partition = find(rows, method="partition", devices=devices, layout=layout)
-    everything = find(rows, method="everything", devices=devices, layout=layout)
-    if devices == 1 or partition is None or everything is None:
+    compiled = [row for row in rows if row["sent_bytes"]]  # and on several devices
+    if not compiled:
         return ""
-    if partition["sent_bytes"] is None or everything["sent_bytes"] is None:
+    devices, layout = compiled[-1]["devices"], compiled[-1]["layout"]
+    partition = find(compiled, method="partition", devices=devices, layout=layout)
+    everything = find(compiled, method="everything", devices=devices, layout=layout)
+    if partition is None or everything is None:
         return ""
-    if last["simulated"]:
+    if partition["simulated"]:
         layout += ", as compiled"
     return (
-        f"{last['problem']}: each of {devices} devices ({layout}) sends "
+        f"{partition['problem']}: each of {devices} devices ({layout}) sends "
         f"{quantity(partition['sent_bytes'], 'B')} per step with partition, and "
         f"{quantity(everything['sent_bytes'], 'B')} when training everything."
     )

@@ -659,7 +659,7 @@ def moving(
         (moving({"w": [1, 1, 0.9]}), r"'w' is off by 0.1 \(tolerance 0.01\)"),
         (moving({"w": [1, 1, 0.9]}, group="clipped"), None),
         (moving({"w": [1, 1, 1], "frozen": [0, 1e-3, 0]}),
-         "'frozen' is frozen, but changed by 0.001"),
+         "'frozen' is frozen, but it changed"),
         (moving({"w": [1, 1, np.nan]}), "'w' is not finite after the step"),
         (moving({"w": [1, 1, 1]}, loss=np.nan), "the loss is nan"),
     ],
@@ -686,7 +686,7 @@ def test_a_frozen_parameter_must_not_change_by_one_bit() -> None:
 
     trains = moving({"w": [1, 1, 1]})  # without "f"
     bench.check_same_step({case("partition"): trains, case("hoist"): step(frozen)})
-    with pytest.raises(FloatingPointError, match="'f' is frozen, but changed by"):
+    with pytest.raises(FloatingPointError, match="'f' is frozen, but it changed"):
         bench.check_same_step(
             {case("partition"): trains, case("hoist"): step(one_ulp_more)}
         )
@@ -1374,8 +1374,8 @@ def test_a_topology_is_compiled_replicated_and_sharded(
     monkeypatch.setattr(bench, "topology_devices", lambda name: chips)
     placed = []
 
-    def place(problem: Any, devices: Any, sharded: bool) -> Any:
-        placed.append((devices, sharded, bench.is_abstract(problem.params)))
+    def place(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
+        placed.append((devices, sharded, abstract))
         raise MemoryError
 
     monkeypatch.setattr(bench, "place", place)
