@@ -169,7 +169,8 @@ class Gradients(NamedTuple):
     """How a method computes gradients: ``fn(params, *args)`` is ``(loss, grads)``.
 
     ``params`` are the parameters that are differentiated and updated. Arrays are
-    passed in ``args`` rather than closed over, because XLA would embed them.
+    passed in ``args`` rather than closed over, because XLA would embed them as
+    constants.
     """
 
     fn: Function
@@ -193,7 +194,7 @@ def partition(problem: Problem) -> Gradients:
 
 
 def hoist(problem: Problem) -> Gradients:
-    """Computes, once per batch, everything that depends on no trainable leaf."""
+    """Computes, once per batch, everything that does not depend on a trainable leaf."""
     trainable, frozen = mf.partition(problem.where, problem.params)
     args = (frozen, *problem.batch)
     with warnings.catch_warnings(record=True) as caught:
@@ -308,6 +309,7 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         references.setdefault(step.same_step_group, (case, after))
         reference, expected = references[step.same_step_group]
         for path, leaf in after.items():
+            # A parameter that is absent from the reference is frozen.
             mismatch = deviation(before[path], leaf, expected.get(path))
             if mismatch is None:
                 continue
@@ -439,19 +441,23 @@ def measure(
 
 
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
-    """One step per method. The last problem also has rows for variants of the step."""
+    """One step per method.
+
+    The last problem is also run with clipping, with Adam, and without donation.
+    """
     for problem in problems:
-        first = first_case("methods", problem, options)
-        cases = [replace(first, method=method) for method in METHODS]
+        baseline = baseline_case("methods", problem, options)
+        cases = [replace(baseline, method=method) for method in METHODS]
         if problem.optimizer is not None:
             # The other methods also pass it the frozen parameters, and an optimizer
             # may update every parameter it receives, for example by weight decay.
-            cases = [replace(first, method=method) for method in MAIN_METHODS]
+            cases = [replace(baseline, method=method) for method in MAIN_METHODS]
         elif problem is problems[-1]:
-            cases.append(replace(first, method="stop_gradient", donate=False))
-            cases += [replace(first, method=method, clip=True) for method in METHODS]
-            if first.optimizer == "sgd":
-                adam = replace(first, optimizer="adam")
+            cases.append(replace(baseline, method="stop_gradient", donate=False))
+            clipped = replace(baseline, clip=True)
+            adam = replace(baseline, optimizer="adam")
+            cases += [replace(clipped, method=method) for method in METHODS]
+            if baseline.optimizer == "sgd":
                 cases += [replace(adam, method=method) for method in MAIN_METHODS]
         placed = place(problem, jax.local_devices()[:1])
         yield describe(problem), measure(cases, partial(build_step, placed), options)
@@ -462,8 +468,8 @@ def run(argv: Sequence[str] | None, report: Report) -> None:
     options = report.options = parse(argv)
     problems = set_up(options)
     report.card = describe_machine(options)
-    say(card_text(report.card))
-    say(legend(options))
+    print_now(card_text(report.card))
+    print_now(legend(options))
     report.stop_if_interrupted()
     for name in options.tables:
         for title, results in TABLES[name](options, problems):
@@ -526,7 +532,7 @@ def mlp(
     return Problem(name, where, loss, params, batch, rows, sizes=sizes)
 
 
-def first_case(table: str, problem: Problem, options: Namespace) -> Case:
+def baseline_case(table: str, problem: Problem, options: Namespace) -> Case:
     """Returns the case of training everything on one device."""
     case = Case(table, problem.name, "everything", rows=problem.batch_rows)
     if problem.tokens is not None:
@@ -649,7 +655,7 @@ def hoist_remark(
     return remark
 
 
-def deviation(start: Any, got: Any, expected: Any) -> str | None:
+def deviation(before: Any, got: Any, expected: Any) -> str | None:
     """Describes how a parameter differs from its expected value after a step.
 
     The tolerance is the sum of two parts: 1% of the largest change (8 ulps if that is
@@ -662,11 +668,11 @@ def deviation(start: Any, got: Any, expected: Any) -> str | None:
     if not np.isfinite(np.float32(got)).all():
         return "is not finite after the step"
     if expected is None:
-        return None if np.array_equal(start, got) else "is frozen, but it changed"
-    start, got, expected = np.float32(start), np.float32(got), np.float32(expected)
+        return None if np.array_equal(before, got) else "is frozen, but it changed"
+    before, got, expected = np.float32(before), np.float32(got), np.float32(expected)
     error = np.abs(got - expected).max(initial=0)
-    largest_change = np.abs(expected - start).max(initial=0)
-    largest_value = np.abs(start).max(initial=0)
+    largest_change = np.abs(expected - before).max(initial=0)
+    largest_value = np.abs(before).max(initial=0)
     tolerance = max(0.01, 8 * eps) * largest_change + 4 * eps * largest_value
     if error > tolerance:
         return f"is off by {error:.3g} (tolerance {tolerance:.3g})"
@@ -1030,17 +1036,17 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
     simulated: list[Case] = []
     for count in device_counts(options, len(devices)):
-        case = first_case("devices", problem, options)
+        alone = baseline_case("devices", problem, options)
         case = replace(
-            case, devices=count, rows=count * case.rows, platform=devices[0].platform
+            alone, devices=count, rows=count * alone.rows, platform=devices[0].platform
         )
         # Devices simulated on one CPU share its cores: timing them is meaningless.
         on_one_cpu = case.platform == "cpu" and count > jax.process_count()
         if options.compile_only or on_one_cpu:
             simulated += device_cases(replace(case, simulated=True))
             continue
-        # Only results that are timed together are compared: time one device, too.
-        alone = first_case("devices", problem, options)
+        # Only results that are timed together are compared, so one device is timed
+        # again beside each number of devices.
         cases = device_cases(alone)
         if count > 1:
             cases += device_cases(case)
@@ -1153,11 +1159,11 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step with the first n layers frozen, for each n."""
     problem = place(problems[-1], jax.local_devices()[:1])
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
-    first = first_case("prefix", problem, options)
-    cases = [first]
+    baseline = baseline_case("prefix", problem, options)
+    cases = [baseline]
     for frozen in range(1, len(layers)):
         for method in ("partition", "hoist"):
-            cases.append(replace(first, method=method, frozen_layers=frozen))
+            cases.append(replace(baseline, method=method, frozen_layers=frozen))
 
     def build(case: Case) -> Step:
         where = layers[case.frozen_layers :]
@@ -1188,7 +1194,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         short_scan, args=(frozen, xs, ys), steps=RUN_STEPS, same_step_group="all steps"
     )
     loop_case = replace(
-        first_case("run", problem, options), method="loop", optimizer="sgd"
+        baseline_case("run", problem, options), method="loop", optimizer="sgd"
     )
     scan_case = replace(loop_case, method="scan")
     # A scan of one step must equal the step. The one that is timed takes many.
@@ -1196,8 +1202,8 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
     steps = {loop_case: loop, scan_case: scan}
     title = (
-        f"seed: one step of the walk-through. The loop repeats one batch; "
-        f"the scan reads {RUN_STEPS:,} batches."
+        f"seed: a step of the walk-through. The loop repeats one batch, "
+        f"the scan reads {RUN_STEPS:,} different ones."
     )
     yield title, measure([loop_case, scan_case], lambda case: steps[case], options)
 
@@ -1396,7 +1402,7 @@ def inverted(pattern: str) -> str:
 
 
 def chosen_tables(options: Namespace) -> list[str]:
-    """Returns the named tables or, by default, those that the options affect."""
+    """Returns the named tables or, by default, those to which all options apply."""
     tables = ["methods", "prefix", "run", "devices"]
     if options.tables:
         tables = [table for table in tables if table in options.tables]
@@ -1508,9 +1514,9 @@ def check_devices(options: Namespace) -> None:
     for count in options.devices or []:
         if count > available or count % processes:
             raise ValueError(
-                f"--devices {count}: there are {available} devices in {processes} "
-                f"processes; the count must be at most {available} and divisible by "
-                f"{processes} (--compile-only simulates more)"
+                f"--devices {count}: there are {available} devices; the count must be "
+                f"at most that and divisible by {processes}, the number of processes "
+                "(--compile-only simulates more)"
             )
 
 
@@ -1598,7 +1604,7 @@ def check_cluster(failure: str, options: Namespace) -> None:
 
 
 # -------------------------------------------------------------------------- the report
-say = partial(print, flush=True)
+print_now = partial(print, flush=True)
 
 
 class Report:
@@ -1628,7 +1634,7 @@ class Report:
         """Stores, writes and prints a table."""
         self.tables.append((title, rows))
         write_json(self)
-        say(table_text(title, rows))
+        print_now(table_text(title, rows))
 
     def fail(self, error: Exception) -> None:
         """Records an error: exit code 2 if the measuring never began, else 1."""
@@ -1650,7 +1656,7 @@ def finish(report: Report) -> NoReturn:
             write_plot(report)
             conclusion = answer([rows for _, rows in report.tables])
             if conclusion:
-                say(f"\n{conclusion}")
+                print_now(f"\n{conclusion}")
     except OSError as error:
         report.fail(error)
 
@@ -1661,7 +1667,7 @@ def finish(report: Report) -> NoReturn:
             message = "interrupted after the last table; the results are complete"
     if code != 0:
         with suppress(OSError):
-            say(f"bench.py: {message}", file=sys.stderr)
+            print_now(f"bench.py: {message}", file=sys.stderr)
     if code in (0, 2):
         sys.exit(code)
     os._exit(code)  # a normal exit may hang in JAX's distributed shutdown
@@ -1804,49 +1810,50 @@ def row_of(
 ) -> Row:
     """Converts a result to a row of the JSON file."""
     case, timing = result.case, result.timing
-    row = asdict(case) | asdict(result.program) | NOT_TIMED
-    row["label"] = label(case)
+    row = {
+        **asdict(case),
+        **asdict(result.program),
+        **NOT_TIMED,
+        "label": label(case),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "remark": result.remark,
+    }
     # The problem, the method and the update identify a row of a table.
     if case.table == "prefix":
         row["problem"] = f"{case.problem}, {case.frozen_layers} frozen"
     if not case.donate:
         row["method"] = f"{case.method}, not donated"
-    row["peak_memory_bytes"] = result.peak_memory_bytes
-    row["remark"] = result.remark
-    partition = by_case.get(replace(case, method="partition"))
-    if case.method == "hoist" and saves_no_work(result, partition):
+    by_partition = by_case.get(replace(case, method="partition"))
+    if case.method == "hoist" and saves_no_work(result, by_partition):
         row["remark"] = NOTHING_TO_HOIST
     if timing is None:
         return row
 
-    row |= {
-        "step_s": timing.median,
-        "spread_s": timing.spread,
-        "samples": timing.samples,
-        "rows_per_s": case.rows / timing.median,
-        "limit_share": limit_share(result.program, timing, card),
-    }
-    everything = by_case.get(
+    row["step_s"], row["spread_s"] = timing.median, timing.spread
+    row["samples"] = timing.samples
+    row["rows_per_s"] = case.rows / timing.median
+    row["limit_share"] = limit_share(result.program, timing, card)
+    baseline = by_case.get(
         replace(case, method="everything", donate=True, frozen_layers=0)
     )
-    if everything is not None and everything.timing is not None:
-        row["speedup"] = everything.timing.median / timing.median
-        row["differs"] = not timing.overlaps(everything.timing)
+    if baseline is not None and baseline.timing is not None:
+        row["speedup"] = baseline.timing.median / timing.median
+        row["differs"] = not timing.overlaps(baseline.timing)
     alone = by_case.get(replace(case, devices=1, rows=case.rows // case.devices))
     if case.devices > 1 and alone is not None and alone.timing is not None:
         row["efficiency"] = alone.timing.median / timing.median
     if result.once is not None:
         row["once_s"] = result.once.median
         if row["remark"] != NOTHING_TO_HOIST:
-            row["break_even"] = break_even(result.once, timing, partition)
+            row["break_even"] = break_even(result.once, timing, by_partition)
     return row
 
 
-def saves_no_work(hoist: Result, partition: Result | None) -> bool:
+def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
     """Returns whether hoist's step has as many FLOPs as partition's."""
-    if partition is None:
+    if partitioned is None:
         return False
-    mine, theirs = hoist.program, partition.program
+    mine, theirs = hoisted.program, partitioned.program
     if mine.flops_min is None or theirs.flops_min is None:
         return False
     if mine.flops_min < theirs.flops_min:
@@ -1856,12 +1863,14 @@ def saves_no_work(hoist: Result, partition: Result | None) -> bool:
     return mine.flops >= 0.99 * theirs.flops
 
 
-def break_even(once: Timing, hoist: Timing, partition: Result | None) -> float | None:
+def break_even(
+    once: Timing, hoisted: Timing, partitioned: Result | None
+) -> float | None:
     """Returns after how many epochs hoist has paid off; None if it is not faster."""
-    if partition is None or partition.timing is None:
+    if partitioned is None or partitioned.timing is None:
         return None
-    saved = partition.timing.median - hoist.median
-    if saved <= 0 or hoist.overlaps(partition.timing):
+    saved = partitioned.timing.median - hoisted.median
+    if saved <= 0 or hoisted.overlaps(partitioned.timing):
         return None
     return once.median / saved
 
@@ -1893,14 +1902,15 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns.append(("layout", [row["layout"] for row in rows]))
     columns.append(time_column(rows))
     columns.append(("speed-up", [speedup_text(row) for row in rows]))
-    columns.append(number_column("memory", rows, "memory_bytes", "B"))
+    figures = [("memory", "memory_bytes", "B")]
     if on_devices:
-        columns.append(number_column("sent", rows, "sent_bytes", "B"))
-        columns.append(number_column("efficiency", rows, "efficiency", "%"))
+        figures += [("sent", "sent_bytes", "B"), ("efficiency", "efficiency", "%")]
     if not (on_devices and timed):  # they would not all fit on a line
-        columns.append(number_column("limit", rows, "limit_share", "%"))
-        columns.append(number_column("", rows, "flops", "FLOP"))
-        columns.append(number_column("", rows, "rows_per_s", f" {rows[0]['unit']}/s"))
+        items = f" {rows[0]['unit']}/s"
+        figures += [("limit", "limit_share", "%"), ("", "flops", "FLOP")]
+        figures.append(("", "rows_per_s", items))
+    for name, key, unit in figures:
+        columns.append(number_column(name, rows, key, unit))
 
     lines = ["", title, *aligned(columns)]
     for row in rows:
@@ -2104,20 +2114,20 @@ def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
 
 def answer_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
-    partition = find(rows, method="partition", optimizer=optimizer, clip=False)
-    sentences = [f"{problem}: {answer_partition(partition)}"]
+    partition_row = find(rows, method="partition", optimizer=optimizer, clip=False)
+    sentences = [f"{problem}: {answer_partition(partition_row)}"]
 
-    adam = find(rows, method="partition", optimizer="adam", clip=False)
     adam_all = find(rows, method="everything", optimizer="adam", clip=False)
-    if adam is not None and adam_all is not None:
-        saved = (adam_all["memory_bytes"] or 0) - (adam["memory_bytes"] or math.inf)
-        if saved > 0:
-            memory = quantity(saved, "B")
-            sentences.append(f"With Adam, partition needs {memory} less memory.")
+    adam_part = find(rows, method="partition", optimizer="adam", clip=False)
+    if adam_all is not None and adam_part is not None:
+        all_bytes, part_bytes = adam_all["memory_bytes"], adam_part["memory_bytes"]
+        if all_bytes is not None and part_bytes is not None and part_bytes < all_bytes:
+            saved = quantity(all_bytes - part_bytes, "B")
+            sentences.append(f"With Adam, partition needs {saved} less memory.")
 
-    hoist = find(rows, method="hoist", optimizer=optimizer, clip=False)
-    if hoist is not None:
-        sentences.append(answer_hoist(hoist, partition))
+    hoist_row = find(rows, method="hoist", optimizer=optimizer, clip=False)
+    if hoist_row is not None:
+        sentences.append(answer_hoist(hoist_row, partition_row))
     return " ".join(sentences)
 
 
@@ -2128,7 +2138,7 @@ def answer_partition(row: Row | None) -> str:
             "them was not timed."
         )
     if not row["differs"]:
-        return f"{NO_DIFFERENCE} between partition and training everything."
+        return "partition was not measurably faster or slower than training everything."
     if row["speedup"] < 1:
         slowdown = times(1 / row["speedup"])
         return f"train everything; partition is {slowdown} slower."
@@ -2136,22 +2146,25 @@ def answer_partition(row: Row | None) -> str:
     return f"use partition, which is {speedup} faster than training everything."
 
 
-def answer_hoist(hoist: Row, partition: Row | None) -> str:
-    if hoist["remark"] == NOTHING_TO_HOIST:
+def answer_hoist(row: Row, partition_row: Row | None) -> str:
+    if row["remark"] == NOTHING_TO_HOIST:
         return "There is nothing to hoist."
-    if partition is None or not (partition["samples"] and hoist["samples"]):
+    if not row["samples"] or partition_row is None or not partition_row["samples"]:
         return (
             "hoist could not be compared with partition because one of them was not "
             "timed."
         )
-    if Timing(hoist["samples"]).overlaps(Timing(partition["samples"])):
-        return f"Even if batches repeat, {NO_DIFFERENCE} between hoist and partition."
-    ratio = partition["step_s"] / hoist["step_s"]
+    if Timing(row["samples"]).overlaps(Timing(partition_row["samples"])):
+        return (
+            "Even if batches repeat, hoist was not measurably faster or slower than "
+            "partition."
+        )
+    ratio = partition_row["step_s"] / row["step_s"]
     if ratio < 1:
         slowdown = times(1 / ratio)
         return f"Do not use hoist: its step is {slowdown} slower than partition's."
-    # With a break-even of 1.2 epochs, the second epoch is the first that gains.
-    unprofitable = math.floor(hoist["break_even"])
+    # If it takes 1.2 epochs to break even, hoist gains from the second epoch on.
+    unprofitable = math.floor(row["break_even"])
     when = f"after {unprofitable} epochs"
     if unprofitable < 3:
         ordinal = ("first", "second", "third")[unprofitable]
@@ -2159,25 +2172,25 @@ def answer_hoist(hoist: Row, partition: Row | None) -> str:
     return (
         f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
         f"partition; computing the features up front pays off {when}, and storing "
-        f"them takes {quantity(hoist['kept_bytes'], 'B')} per batch."
+        f"them takes {quantity(row['kept_bytes'], 'B')} per batch."
     )
 
 
 def answer_devices(rows: Sequence[Row]) -> str:
-    compiled = [row for row in rows if row["sent_bytes"]]  # and on several devices
-    if not compiled:
+    sending = [row for row in rows if row["sent_bytes"]]
+    if not sending:
         return ""
-    devices, layout = compiled[-1]["devices"], compiled[-1]["layout"]
-    partition = find(compiled, method="partition", devices=devices, layout=layout)
-    everything = find(compiled, method="everything", devices=devices, layout=layout)
-    if partition is None or everything is None:
+    devices, layout = sending[-1]["devices"], sending[-1]["layout"]
+    partition_row = find(sending, method="partition", devices=devices, layout=layout)
+    everything_row = find(sending, method="everything", devices=devices, layout=layout)
+    if partition_row is None or everything_row is None:
         return ""
-    if partition["simulated"]:
+    if partition_row["simulated"]:
         layout += ", as compiled"
     return (
-        f"{partition['problem']}: each of {devices} devices ({layout}) sends "
-        f"{quantity(partition['sent_bytes'], 'B')} per step with partition, and "
-        f"{quantity(everything['sent_bytes'], 'B')} when training everything."
+        f"{partition_row['problem']}: each of {devices} devices ({layout}) sends "
+        f"{quantity(partition_row['sent_bytes'], 'B')} per step with partition, and "
+        f"{quantity(everything_row['sent_bytes'], 'B')} when training everything."
     )
 
 

@@ -362,7 +362,7 @@ def peers_table(options: Namespace, problems: Sequence[bench.Problem]) -> bench.
         if not problem.sizes:
             raise ValueError("--peers compares MLPs only; omit --model or --peers")
         problem = bench.place(problem, jax.local_devices()[:1])
-        plain = bench.first_case("peers", problem, options)
+        plain = bench.baseline_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
         cases = []
         for clip in (False, True):
