@@ -160,7 +160,7 @@ class Problem:
     tokens: int | None = None  # per row, if the batch is token ids
     sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
     optimizer: Any = None  # of optax, if your own model has one
-    devices: Sequence[jax.Device] = ()  # set by place()
+    devices: Sequence[jax.Device] = ()  # where place() has put it
     sharded: bool = False  # each parameter is split over the devices
 
 
@@ -1353,13 +1353,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of MLPs")
     model_help = "NAME() returns (loss_fn, params, batch); the loss is a mean over rows"
     add("--model", metavar="FILE.py:NAME", help=model_help)
-    add(
-        "--rounds",
-        type=natural,
-        default=7,
-        metavar="N",
-        help="samples per row; default 7",
-    )
+    rounds_help = "samples per row; default 7"
+    add("--rounds", type=natural, default=7, metavar="N", help=rounds_help)
     batches_help = "batches per epoch (sizes hoist's feature cache)"
     add("--batches", type=natural, default=1, metavar="N", help=batches_help)
     add("--devices", nargs="+", type=natural, metavar="N", help="device counts to test")
@@ -1390,6 +1385,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def natural(text: str) -> int:
+    """Parses a positive integer."""
     number = int(text)
     if not 0 < number < 2**31:
         raise ArgumentTypeError(f"must be positive and below 2**31, not {number}")
@@ -1443,9 +1439,7 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     if options.model and ":" not in options.model:
         error(f"--model must be FILE.py:NAME, not {options.model}")
     if options.model and "prefix" in options.tables:
-        error(
-            "--model cannot be combined with the prefix table, which freezes MLP layers"
-        )
+        error("--model has no prefix table, which freezes the layers of an MLP")
     if options.topology and not options.compile_only:
         error("--topology needs --compile-only")
     if options.topology and options.devices:
@@ -1616,13 +1610,17 @@ class Report:
         self.tables: list[tuple[str, list[Row]]] = []  # titles and rows
         self.ended = "running"
         self.code = 0
-        self.signal: int | None = None
+        self.signal: int | None = None  # the last one
+        self.signal_time = -math.inf
 
     def interrupt(self, number: int, frame: object) -> None:
-        """Handles Ctrl-C and SIGTERM. Only the first one raises, and only in run()."""
-        is_first = self.signal is None
-        self.signal = number
-        if is_first and self.ended == "running":
+        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt during run().
+
+        Another signal within a second must not interrupt the handling of the first.
+        """
+        is_repeated = time.monotonic() < self.signal_time + 1
+        self.signal, self.signal_time = number, time.monotonic()
+        if self.ended == "running" and not is_repeated:
             raise KeyboardInterrupt
 
     def stop_if_interrupted(self) -> None:

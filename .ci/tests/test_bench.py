@@ -889,7 +889,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--model {}/none.py:make --train w", "none.py"),
         ("--model {}/mine.py --train w", "must be FILE.py:NAME"),
         ("--model {}/mine.py:good", "--model needs --train or --freeze"),
-        ("--model {}/mine.py:good --train head --tables prefix", "freezes MLP layers"),
+        ("--model {}/mine.py:good --train head --tables prefix", "layers of an MLP"),
         ("--model {}/mine.py:good --train v", "mine: pattern 'v'"),
         ("--model {}/mine.py:good --train head --batch 5", "no leaf of the batch"),
         ("--model {}/mine.py:nothing --train w", "mine.py has no nothing()"),
@@ -1232,6 +1232,24 @@ def test_a_signal_in_a_later_round_ends_the_run_and_keeps_the_rounds_before(
     rows = results["rows"]
     assert [len(row["samples"]) for row in rows] == [1, 1, 1]
     assert "hoist, 1 frozen" in ended.out
+
+
+def test_a_second_signal_raises_unless_it_follows_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    report = bench.Report()
+    with pytest.raises(KeyboardInterrupt):
+        report.interrupt(signal.SIGINT, None)
+    report.interrupt(signal.SIGTERM, None)
+    assert report.signal == signal.SIGTERM
+    clock.now += 2
+    with pytest.raises(KeyboardInterrupt):
+        report.interrupt(signal.SIGINT, None)
+    clock.now += 2
+    report.ended = "complete"
+    report.interrupt(signal.SIGINT, None)
 
 
 def start(*typed: object) -> subprocess.Popen[str]:
