@@ -468,9 +468,9 @@ def run(argv: Sequence[str] | None, report: Report) -> None:
     options = report.options = parse(argv)
     problems = set_up(options)
     report.card = describe_machine(options)
+    report.stop_if_interrupted()
     print_now(card_text(report.card))
     print_now(legend(options))
-    report.stop_if_interrupted()
     for name in options.tables:
         for title, results in TABLES[name](options, problems):
             report.add(title, rows_of(results, report.card))
@@ -770,7 +770,7 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     """Compiles a step and reads what the compiler says about it.
 
     Args:
-        step: a step to compile. If its ``fn`` has no ``lower``, as functions of other
+        step: the step to compile. If its ``fn`` has no ``lower``, as in some other
             libraries, only the bytes of its arrays are known.
         devices: how many devices share the work evenly.
         batches: batches per epoch; the features of each stay in memory.
@@ -1366,7 +1366,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
     add("--processes", type=natural, metavar="N", help="number of processes")
     add("--process", type=int, metavar="I", help="index of this process, from 0")
-    add("--json", type=Path, metavar="FILE", help="write the results")
+    add("--json", type=Path, metavar="FILE", help="write the results, after each table")
     add("--plot", type=Path, metavar="FILE", help="draw the prefix and methods tables")
     options = parser.parse_args(argv)
 
@@ -1624,7 +1624,7 @@ class Report:
             raise KeyboardInterrupt
 
     def stop_if_interrupted(self) -> None:
-        """Ends the run if time_rounds ended early because of a signal."""
+        """Ends the run if a signal ended time_rounds early."""
         if self.signal is not None:
             raise KeyboardInterrupt
 
@@ -1793,7 +1793,7 @@ NOT_TIMED: Row = {
 
 
 def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
-    """Converts results to rows of the JSON file, which compare them with each other."""
+    """Converts the results of a table to rows of the JSON file, with their ratios."""
     by_case = {result.case: result for result in results}
     rows = [row_of(result, by_case, card) for result in results]
     # A table gives the limit for all rows that were timed, or for none.
