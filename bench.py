@@ -455,10 +455,10 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         elif problem is problems[-1]:
             cases.append(replace(baseline, method="stop_gradient", donate=False))
             clipped = replace(baseline, clip=True)
-            adam = replace(baseline, optimizer="adam")
+            with_adam = replace(baseline, optimizer="adam")
             cases += [replace(clipped, method=method) for method in METHODS]
             if baseline.optimizer == "sgd":
-                cases += [replace(adam, method=method) for method in MAIN_METHODS]
+                cases += [replace(with_adam, method=method) for method in MAIN_METHODS]
         placed = place(problem, jax.local_devices()[:1])
         yield describe(problem), measure(cases, partial(build_step, placed), options)
 
