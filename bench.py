@@ -10,10 +10,9 @@
     uv run bench.py --compile-only --devices 8 64 512      # simulated devices
     uv run --with "jax[tpu]" bench.py --compile-only --topology v5e:16x16  # a TPU pod
 
-The file has two halves. The first is the benchmark: the methods, the check that all of
-them take the same step, the timing, and the path from a case to its result. The second,
-below the banner, holds everything else: optimizers, figures from the compiler, several
-devices, other tables, your own model, options and output.
+The benchmark comes first: the methods, the check that all of them take the same step,
+the timing, the main table and main(). Below the banner: optimizers, compiler
+statistics, several devices, other tables, your own model, options and output.
 """
 
 from __future__ import annotations
@@ -38,13 +37,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 import zlib
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -63,7 +67,7 @@ Tree = Any  # a pytree of arrays, or of their shapes
 Function = Callable[..., Any]
 Key = TypeVar("Key", bound=Hashable)
 
-SAMPLE_S = 0.05  # a sample lasts about this long
+SAMPLE_S = 0.05  # minimum length of a sample; most last one to two times this
 MAX_CALLS = 10_000  # per sample
 PEAK_VECTOR_BYTES = 2**28  # larger than any CPU or GPU cache
 
@@ -75,16 +79,16 @@ class Case:
 
     table: str
     problem: str
-    method: str  # one of METHODS, or the name of another library's form
+    method: str  # one of METHODS, or the name of another library's variant
     clip: bool = False  # clip the gradients by their global norm
     optimizer: str = "sgd"
     donate: bool = True  # let the step overwrite its input state
-    frozen_layers: int | None = None  # in the prefix table
+    frozen_layers: int = 0  # in the prefix table
     devices: int = 1
     layout: str | None = None  # on several devices: "replicated" or "sharded"
     platform: str = field(default_factory=jax.default_backend)
-    simulated: bool = False  # compiled for absent devices; never run
-    rows: int = 0  # rows or tokens per training step, over all devices
+    simulated: bool = False  # compiled for devices that are not present
+    rows: int = 0  # rows or tokens per training step, across all devices
     unit: str = "rows"  # or "tokens"
 
 
@@ -99,21 +103,12 @@ class Step:
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
     steps: int = 1  # training steps per call of fn
-    # Steps in one group must produce the same update. None: compared with no other.
-    same_step_group: str | None = ""
-    get_params: Callable[[Tree], Tree] = lambda state: state  # the ones to compare
-    hoisted: Hoisted | None = None
+    same_step_group: str = ""  # steps in one group must produce the same update
+    get_params: Function = lambda state: state  # extracts the parameters to compare
+    features: Step | None = None  # computes hoist's features, once per batch
+    remark: str | None = None
     trainable_bytes: int | None = None  # per device
     written_bytes: int | None = None  # trainables + optimizer state, per device
-
-
-class Hoisted(NamedTuple):
-    """The features that hoist computes once per batch and stores."""
-
-    features: Tree  # of one batch
-    compute: Step  # computes them
-    nothing_to_hoist: bool = False  # minifreeze.hoist warned that they save nothing
-    random: bool = False  # some of them come from a random number generator
 
 
 @dataclass(frozen=True)
@@ -132,21 +127,19 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def overlaps(self, other: Timing) -> bool:
-        """Tells whether the intervals median ± spread overlap."""
+        """Returns whether the intervals median ± spread overlap."""
         return abs(self.median - other.median) <= self.spread + other.spread
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured for a case. Ratios are computed when they are printed."""
+    """What was measured for a case. Ratios to other cases are computed later."""
 
     case: Case
-    program: Program
+    program: Program  # figures from the compiler
     timing: Timing | None = None  # None if the case was not timed
     once: Timing | None = None  # seconds to compute hoist's features of one batch
-    nothing_to_hoist: bool = False
-    # The device's high-water mark since the process started.
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  # of the process so far
     remark: str | None = None
 
 
@@ -154,21 +147,21 @@ class Result:
 class Problem:
     """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects.
 
-    The loss must be a mean over the rows of the batch. On n devices the batch is n
-    copies of that of one device, and the update must not change.
+    The loss must be a mean over the rows of the batch. On n devices, the one-device
+    batch is repeated n times, so the update must stay the same.
     """
 
     name: str
     where: str | Sequence[str]  # patterns
     loss: Function
-    params: Tree
+    params: Tree  # arrays; shapes if the problem is only compiled
     batch: tuple[Tree, ...]
-    rows: int  # in the batch of one device
+    batch_rows: int  # on one device
     tokens: int | None = None  # per row, if the batch is token ids
     sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
     optimizer: Any = None  # of optax, if your own model has one
-    sharding: Function = lambda leaf: None  # of a parameter, see place()
-    abstract: bool = False  # params and batch are shapes, not arrays
+    devices: Sequence[jax.Device] = ()  # where place() has put it
+    sharded: bool = False  # each parameter is split over the devices
 
 
 # ----------------------------------------------------------------- the ways to freeze
@@ -176,13 +169,15 @@ class Gradients(NamedTuple):
     """How a method computes gradients: ``fn(params, *args)`` is ``(loss, grads)``.
 
     ``params`` are the parameters that are differentiated and updated. Arrays are
-    passed in ``args``, not closed over: XLA would embed them as constants.
+    passed in ``args`` rather than closed over, because XLA would embed them as
+    constants.
     """
 
     fn: Function
     params: Tree
     args: tuple[Tree, ...]
-    hoisted: Hoisted | None = None
+    features: Step | None = None
+    remark: str | None = None
 
 
 def everything(problem: Problem) -> Gradients:
@@ -199,20 +194,20 @@ def partition(problem: Problem) -> Gradients:
 
 
 def hoist(problem: Problem) -> Gradients:
-    """Computes whatever depends on no trainable leaf once per batch."""
+    """Computes, once per batch, everything that does not depend on a trainable leaf."""
     trainable, frozen = mf.partition(problem.where, problem.params)
     args = (frozen, *problem.batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         once, rest = mf.hoist(merged_loss(problem), trainable, *args)
-    features = jax.jit(once)(*args)
-    hoisted = Hoisted(
-        features,
-        compute=features_step(once, args, features),
-        nothing_to_hoist=hoist_warned(caught),
-        random=draws_random_numbers(jax.make_jaxpr(once)(*args).jaxpr),
+    kept = jax.jit(once)(*args)
+    return Gradients(
+        jax.value_and_grad(rest),
+        trainable,
+        args=(frozen, kept),
+        features=features_step(once, args, kept),
+        remark=hoist_remark(caught, jax.make_jaxpr(once)(*args)),
     )
-    return Gradients(jax.value_and_grad(rest), trainable, (frozen, features), hoisted)
 
 
 def stop_gradient(problem: Problem) -> Gradients:
@@ -231,8 +226,8 @@ def zeroed_gradients(problem: Problem) -> Gradients:
 
     def fn(params: Tree, *batch: Tree) -> tuple[jax.Array, Tree]:
         loss, grads = jax.value_and_grad(problem.loss)(params, *batch)
-        trained = mf.mask(problem.where, params)
-        return loss, jax.tree.map(jnp.multiply, grads, trained)
+        is_trainable = mf.mask(problem.where, params)
+        return loss, jax.tree.map(jnp.multiply, grads, is_trainable)
 
     return Gradients(fn, problem.params, problem.batch)
 
@@ -257,9 +252,13 @@ MAIN_METHODS = ("everything", "partition", "hoist")
 
 
 def build_step(problem: Problem, case: Case) -> Step:
-    """Returns one training step: gradients, clipping if asked for, and the update."""
+    """Returns one training step: gradients, optional clipping, and the update."""
     gradients = METHODS[case.method](problem)
     optimizer = optimizer_of(problem, case)
+    trains_all = case.method == "everything"
+    trainable = problem.params
+    if not trains_all:
+        trainable, _ = mf.partition(problem.where, problem.params)
 
     def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
         params, moments = state
@@ -269,42 +268,26 @@ def build_step(problem: Problem, case: Case) -> Step:
         params, moments = optimizer.update(params, grads, moments)
         return (params, moments), loss
 
-    def start(params: Tree) -> Tree:
-        return jax.tree.map(jnp.copy, params), optimizer.init(params)
-
-    def state_shapes(params: Tree) -> Tree:
-        def with_place(leaf: Any) -> Any:
-            return with_sharding(leaf, problem.sharding(leaf))
-
-        return jax.tree.map(with_place, jax.eval_shape(start, params))
-
-    shapes = state_shapes(gradients.params)
+    shapes = new_state(problem, optimizer, shapes_of(gradients.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-
-    def init() -> Tree:
-        if problem.abstract:
-            return shapes
-        return jax.device_put(start(gradients.params), shardings)
 
     def get_params(state: Tree) -> Tree:
         params, _ = state
-        if case.method == "everything":  # only this method also moves frozen leaves
+        if trains_all:  # only this method updates the frozen leaves too
             params, _ = mf.partition(problem.where, params)
         return params
 
-    trainable = problem.params
-    if case.method != "everything":
-        trainable, _ = mf.partition(problem.where, problem.params)
     donated = (0,) if case.donate else ()
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
-        init=init,
+        init=partial(new_state, problem, optimizer, gradients.params),
         args=gradients.args,
         same_step_group=same_step_group(case),
         get_params=get_params,
-        hoisted=gradients.hoisted,
+        features=gradients.features,
+        remark=gradients.remark,
         trainable_bytes=tree_bytes(trainable),
-        written_bytes=tree_bytes(state_shapes(trainable)),
+        written_bytes=tree_bytes(new_state(problem, optimizer, shapes_of(trainable))),
     )
 
 
@@ -312,12 +295,10 @@ def build_step(problem: Problem, case: Case) -> Step:
 def check_same_step(steps: Mapping[Case, Step]) -> None:
     """Raises FloatingPointError unless all cases in a group take the same step.
 
-    Parameters absent from the group's first case must stay unchanged.
+    Frozen parameters (absent from the group's first case) must not change at all.
     """
     references: dict[str, tuple[Case, Arrays]] = {}
     for case, step in steps.items():
-        if step.same_step_group is None:
-            continue
         state = step.init()
         before = to_host(step.get_params(state))
         state, loss = step.fn(state, *step.args)
@@ -325,15 +306,14 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         if not jnp.isfinite(loss).all():
             raise FloatingPointError(f"{full_name(case)}: the loss is {loss}")
 
-        if step.same_step_group not in references:
-            references[step.same_step_group] = (case, after)
+        references.setdefault(step.same_step_group, (case, after))
         reference, expected = references[step.same_step_group]
         for path, leaf in after.items():
-            wanted = expected.get(path, before[path])
-            problem = deviation(before[path], leaf, wanted)
-            if problem is None:
+            # A parameter that is absent from the reference is frozen.
+            mismatch = deviation(before[path], leaf, expected.get(path))
+            if mismatch is None:
                 continue
-            message = f"{full_name(case)}: {leaf_name(path)!r} {problem}"
+            message = f"{full_name(case)}: {leaf_name(path)!r} {mismatch}"
             message += f" (reference: {full_name(reference)})"
             if case.devices != reference.devices:
                 message += "; the loss must be a mean over the rows of the batch"
@@ -353,19 +333,22 @@ def run_calls(step: Step, state: Tree, calls: int) -> tuple[Tree, float]:
 
 
 def calibrate(step: Step) -> int:
-    """Returns how many calls last about SAMPLE_S. These timings are discarded."""
-    state, _ = run_calls(step, step.init(), 1)  # compiles
+    """Returns how many calls last SAMPLE_S. These timings are discarded."""
+    state, _ = run_calls(step, step.init(), 1)  # warm-up
     calls = 1
-    while True:
+    while calls < MAX_CALLS:
         state, seconds = run_calls(step, state, calls)
-        if seconds >= SAMPLE_S or calls >= MAX_CALLS:
-            return calls
+        if seconds >= SAMPLE_S:  # repeat, in case the machine was briefly busy
+            state, seconds = run_calls(step, state, calls)
+        if seconds >= SAMPLE_S:
+            break
         calls = min(2 * calls, MAX_CALLS)
+    return calls
 
 
 def sample(step: Step, calls: int) -> float:
     """Returns the seconds per training step, measured over a number of calls."""
-    # Untimed warm-up: the previous case evicted our arrays from the caches.
+    # Untimed warm-up: the previous case may have evicted this case's arrays.
     state, _ = run_calls(step, step.init(), 1)
     gc.disable()  # as timeit does
     try:
@@ -376,99 +359,108 @@ def sample(step: Step, calls: int) -> float:
 
 
 def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]:
-    """Times each step once per round, in a fresh random order each round.
+    """Times each step once per round, in a new random order each round.
 
-    The number of calls per sample is fixed before the first sample.
+    The number of calls per sample is fixed before the first sample. On Ctrl-C, the
+    finished rounds count, if there are any.
     """
     calls = {key: calibrate(step) for key, step in steps.items()}
-    samples: dict[Key, list[float]] = {key: [] for key in steps}
     keys = list(steps)
     generator = np.random.default_rng(0)  # the same order in all processes
-    for _ in range(rounds):
-        for index in generator.permutation(len(keys)):
-            key = keys[index]
-            samples[key].append(sample(steps[key], calls[key]))
-    return {key: Timing(tuple(seconds)) for key, seconds in samples.items()}
+    finished: list[dict[Key, float]] = []
+    try:
+        for _ in range(rounds):
+            seconds = {}
+            for index in generator.permutation(len(keys)):
+                key = keys[index]
+                seconds[key] = sample(steps[key], calls[key])
+            finished.append(seconds)
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+
+    timings = {}
+    for key in keys:
+        timings[key] = Timing(tuple(seconds[key] for seconds in finished))
+    return timings
 
 
 # ---------------------------------------------------------------- from case to result
-Build = Callable[[Case], Step]
+Tables = Iterator[tuple[str, list[Result]]]  # a title, and results to compare
 
 
-class Table(NamedTuple):
-    title: str
-    results: list[Result]  # timed together; results of two tables are never compared
-
-
-def measure(builds: Mapping[Case, Build], options: Namespace) -> list[Result]:
+def measure(
+    cases: Sequence[Case], build: Callable[[Case], Step], options: Namespace
+) -> list[Result]:
     """Builds and compiles cases, checks that their steps agree, and times them."""
     steps: dict[Case, Step] = {}
     programs: dict[Case, Program] = {}
-    remarks: dict[Case, str] = {}  # why a case is left out
-    for case, build in builds.items():
+    remarks: dict[Case, str | None] = {}
+    for case in cases:
         try:
             step = build(case)
             programs[case] = compile_step(step, case.devices, options.batches)
             if not case.simulated:
-                run_calls(step, step.init(), 1)  # does it fit into memory?
+                run_calls(step, step.init(), 1)  # check that it fits in memory
         except Exception as error:
-            remarks[case] = why_left_out(error)  # re-raises anything else
-            continue
-        steps[case] = step
+            remarks[case] = expected_failure(error, case)
+            if remarks[case] is None:
+                raise
+        else:
+            steps[case], remarks[case] = step, step.remark
 
-    timings: dict[tuple[Case, str], Timing] = {}
-    if not any(case.simulated for case in builds):
-        check_same_step(steps_to_check(steps, builds))
-        timings = time_rounds(steps_to_time(steps), options.rounds)
+    timings: dict[Case, Timing] = {}
+    if not any(case.simulated for case in cases):
+        to_check: dict[Case, Step] = {}
+        to_time = dict(steps)
+        for case, step in steps.items():
+            # Compare updates by SGD: the first step of Adam is nearly the sign of the
+            # gradient, which rounding can flip.
+            by_sgd = replace(case, optimizer="sgd")
+            if by_sgd in steps:
+                to_check[by_sgd] = steps[by_sgd]
+            else:
+                to_check[by_sgd] = build(by_sgd)
+            if step.features is not None:
+                to_time[features_of(case)] = step.features
+        check_same_step(to_check)
+        timings = time_rounds(to_time, options.rounds)
 
-    peak = peak_memory_bytes()
     results = []
-    for case in builds:
-        hoisted = steps[case].hoisted if case in steps else None
-        remark = remarks.get(case)
-        if hoisted is not None and hoisted.random:
-            remark = "random numbers are drawn once per batch and kept"
+    for case in cases:
         result = Result(
             case,
             program=programs.get(case, Program()),
-            timing=timings.get((case, "step")),
-            once=timings.get((case, "features")),
-            nothing_to_hoist=hoisted is not None and hoisted.nothing_to_hoist,
-            peak_memory_bytes=peak,
-            remark=remark,
+            timing=timings.get(case),
+            once=timings.get(features_of(case)),
+            peak_memory_bytes=peak_memory_bytes(),
+            remark=remarks[case],
         )
         results.append(result)
     return results
 
 
-def methods_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
-    """One step per method; the last problem is also run with clipping and with Adam."""
+def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
+    """One step per method.
+
+    The last problem is also run with clipping, with Adam, and without donation.
+    """
     for problem in problems:
-        plain = first_case("methods", problem, options)
+        baseline = baseline_case("methods", problem, options)
+        cases = [replace(baseline, method=method) for method in METHODS]
         if problem.optimizer is not None:
-            # The other methods show it the frozen parameters, and an optimizer may
-            # update all parameters that it sees, e.g. by weight decay.
-            cases = [replace(plain, method=method) for method in MAIN_METHODS]
-        else:
-            cases = [replace(plain, method=method) for method in METHODS]
-            if problem is problems[-1]:
-                cases += variants(plain)
+            # The other methods also pass it the frozen parameters, and an optimizer
+            # may update every parameter it receives, for example by weight decay.
+            cases = [replace(baseline, method=method) for method in MAIN_METHODS]
+        elif problem is problems[-1]:
+            cases.append(replace(baseline, method="stop_gradient", donate=False))
+            clipped = replace(baseline, clip=True)
+            with_adam = replace(baseline, optimizer="adam")
+            cases += [replace(clipped, method=method) for method in METHODS]
+            if baseline.optimizer == "sgd":
+                cases += [replace(with_adam, method=method) for method in MAIN_METHODS]
         placed = place(problem, jax.local_devices()[:1])
-        builds: dict[Case, Build] = {}
-        for case in cases:
-            builds[case] = partial(build_step, placed)
-        yield Table(describe(problem), measure(builds, options))
-
-
-def variants(plain: Case) -> list[Case]:
-    """Returns the cases without donation, with clipping, and with Adam."""
-    cases = [replace(plain, method="stop_gradient", donate=False)]
-    for method in METHODS:
-        cases.append(replace(plain, method=method, clip=True))
-    if plain.optimizer == "sgd":
-        for method in MAIN_METHODS:
-            cases.append(replace(plain, method=method, optimizer="adam"))
-    return cases
+        yield describe(problem), measure(cases, partial(build_step, placed), options)
 
 
 def run(argv: Sequence[str] | None, report: Report) -> None:
@@ -476,33 +468,30 @@ def run(argv: Sequence[str] | None, report: Report) -> None:
     options = report.options = parse(argv)
     problems = set_up(options)
     report.card = describe_machine(options)
-    say(card_text(report.card))
-    say(legend(options))
+    report.stop_if_interrupted()
+    print_now(card_text(report.card))
+    print_now(legend(options))
     for name in options.tables:
-        for table in TABLES[name](options, problems):
-            rows = rows_of(table.results, report.card)
-            report.tables.append(TableRows(table.title, rows))
-            say(table_text(table.title, rows))
+        for title, results in TABLES[name](options, problems):
+            report.add(title, rows_of(results, report.card))
+            report.stop_if_interrupted()
+    if needs_simulation(options):
+        report.add(*simulated_table(options, problems[-1]))
     report.ended = "complete"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark. Writes whatever was measured, however the run ends."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the benchmark and exits. Writes whatever was measured, however it ends."""
     report = Report()
-    with Interrupts() as interrupts:
-        try:
-            # The inner finally holds signals before an except clause can be
-            # interrupted.
-            try:
-                run(argv, report)
-            finally:
-                interrupts.hold()
-        except KeyboardInterrupt:
-            report.ended = "interrupted"
-        except Exception as error:
-            report.fail(error)
-        finish(report)
-        leave(report, interrupts)
+    signal.signal(signal.SIGINT, report.interrupt)
+    signal.signal(signal.SIGTERM, report.interrupt)
+    try:
+        run(argv, report)
+    except KeyboardInterrupt:
+        report.ended = "interrupted"
+    except Exception as error:
+        report.fail(error)
+    finish(report)
 
 
 # ====================================================================================
@@ -536,17 +525,27 @@ def mlp(
         return params, (x, y)
 
     def loss(params: Tree, x: jax.Array, y: jax.Array) -> Any:
-        trainable, frozen = mf.partition("*", params)
+        trainable, frozen = mf.partition("*", params)  # loss_fn expects two trees
         return mf.loss_fn(trainable, frozen, x, y)
 
     params, batch = jax.eval_shape(draw) if abstract else jax.jit(draw)()
     return Problem(name, where, loss, params, batch, rows, sizes=sizes)
 
 
+def baseline_case(table: str, problem: Problem, options: Namespace) -> Case:
+    """Returns the case of training everything on one device."""
+    case = Case(table, problem.name, "everything", rows=problem.batch_rows)
+    if problem.tokens is not None:
+        case = replace(case, rows=problem.batch_rows * problem.tokens, unit="tokens")
+    if problem.optimizer is not None:
+        return replace(case, optimizer="optax")
+    return replace(case, optimizer=options.optimizer)
+
+
 # --------------------------------------------------------------------- the optimizers
 SGD_RATE = 0.1
 ADAM_RATE = 1e-3
-CLIP_NORM = 0.1  # smaller than the gradients of the built-in problems
+CLIP_NORM = 0.1  # smaller than the gradient norms of the built-in problems
 
 
 class Optimizer(NamedTuple):
@@ -569,7 +568,7 @@ def adam_moments(params: Tree) -> Tree:
 
 
 def adam(params: Tree, grads: Tree, moments: Tree) -> tuple[Tree, Tree]:
-    """Kingma and Ba (2015), with the constants that they propose."""
+    """Kingma and Ba (2015), with the paper's default constants."""
     mean, square, count = moments
     count += 1
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
@@ -600,7 +599,7 @@ def optimizer_of(problem: Problem, case: Case) -> Optimizer:
 def clip_by_global_norm(grads: Tree) -> Tree:
     """Scales the gradients to a norm of at most CLIP_NORM.
 
-    This keeps every gradient live.
+    Every gradient enters the norm, so XLA cannot remove any as dead code.
     """
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     scale = jnp.minimum(1, CLIP_NORM / jnp.sqrt(sum(squares)))
@@ -615,51 +614,68 @@ def same_step_group(case: Case) -> str:
     return f"{case.optimizer}, clipped by the norm of {norm_of} gradients"
 
 
-# ---------------------------------------------------------- details of the first half
+# ---------------------------------------------------------- details of the benchmark
 Arrays = dict[Any, np.ndarray[Any, Any]]  # by key path, on the host
+NOTHING_TO_HOIST = "nothing to hoist"
 
 
 def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
-    """Returns the step that computes hoist's features; its state is the last ones."""
+    """Returns the step that computes hoist's features.
+
+    Its state is the previous call's features. They are not used, but each call has to
+    wait for them.
+    """
 
     def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
         return once(*args), ()
 
-    # keep_unused: each timed call must wait for the one before it.
     compute = jax.jit(compute, keep_unused=True)
     return Step(compute, init=lambda: jax.tree.map(jnp.copy, features), args=args)
 
 
-def hoist_warned(caught: Sequence[warnings.WarningMessage]) -> bool:
-    """Tells whether minifreeze.hoist warned; shows the warnings of your own model."""
-    warned = False
+def features_of(case: Case) -> Case:
+    """Returns the case that stands for computing the features of a hoist case."""
+    return replace(case, method=f"features of {case.method}")
+
+
+def hoist_remark(
+    caught: Sequence[warnings.WarningMessage], once_jaxpr: Any
+) -> str | None:
+    """Returns a remark on the features, and shows the warnings of your own model."""
+    remark = None
+    if "random_bits[" in str(once_jaxpr):
+        remark = "random numbers are drawn once per batch and reused in every epoch"
     for warning in caught:
         if str(warning.message).startswith("hoist"):
-            warned = True
+            remark = NOTHING_TO_HOIST
         else:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
-    return warned
+    return remark
 
 
-def deviation(start: Any, got: Any, wanted: Any) -> str | None:
-    """Describes how a parameter differs from the expected one after a step.
+def deviation(before: Any, got: Any, expected: Any) -> str | None:
+    """Describes how a parameter differs from its expected value after a step.
 
-    Tolerance: 1% of the largest change (GPUs use TF32 for float32 products) plus four
-    ulps of the largest value. Returns None within it.
+    The tolerance is the sum of two parts: 1% of the largest change (8 ulps if that is
+    more), because GPUs use TF32 for float32 products, and 4 ulps of the largest value.
+    A frozen parameter, without an expected value, must not change at all. Returns None
+    if the parameter is as expected.
     """
     finfo: Any = jnp.finfo  # it has no type annotations
     eps = float(finfo(got.dtype).eps)
-    start, got, wanted = np.float32(start), np.float32(got), np.float32(wanted)
-    if not np.isfinite(got).all():
+    if not np.isfinite(np.float32(got)).all():
         return "is not finite after the step"
-    apart = np.abs(got - wanted).max(initial=0)
-    largest_change = np.abs(wanted - start).max(initial=0)
-    largest_value = np.abs(start).max(initial=0)
+    if expected is None:
+        return None if np.array_equal(before, got) else "is frozen, but it changed"
+    before, got, expected = np.float32(before), np.float32(got), np.float32(expected)
+    error = np.abs(got - expected).max(initial=0)
+    largest_change = np.abs(expected - before).max(initial=0)
+    largest_value = np.abs(before).max(initial=0)
     tolerance = max(0.01, 8 * eps) * largest_change + 4 * eps * largest_value
-    if apart > tolerance:
-        return f"is off by {apart:.3g} (tolerance {tolerance:.3g})"
+    if error > tolerance:
+        return f"is off by {error:.3g} (tolerance {tolerance:.3g})"
     return None
 
 
@@ -669,7 +685,7 @@ def to_host(tree: Tree) -> Arrays:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        arrays[path] = np.asarray(leaf)
+        arrays[path] = np.array(leaf)  # a copy, because a step may donate the leaf
     return arrays
 
 
@@ -677,65 +693,48 @@ def from_first_process(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
-def why_left_out(error: Exception) -> str:
-    """Returns the remark for a case that cannot run; re-raises anything else."""
+def expected_failure(error: Exception, case: Case) -> str | None:
+    """Returns the remark for a case that cannot run, or None if the error is a bug."""
     if isinstance(error, ImportError):  # an optional library is missing
         return f"left out: {error}"
+    # In a cluster, the other processes would wait for this one forever.
     out_of_memory = r"MemoryError|RESOURCE_EXHAUSTED|out.of.memory"
-    # In a cluster the other processes would wait for this one forever.
-    if re.search(out_of_memory, repr(error), re.I) and jax.process_count() == 1:
+    if jax.process_count() > 1 or not re.search(out_of_memory, repr(error), re.I):
+        return None
+    if case.simulated:
         return "out of memory"
-    raise error
-
-
-def steps_to_check(
-    steps: Mapping[Case, Step], builds: Mapping[Case, Build]
-) -> dict[Case, Step]:
-    """Returns each case's step with SGD in the place of its optimizer.
-
-    The first step of Adam is essentially the gradient's sign, which rounding can flip.
-    """
-    found: dict[Case, Step] = {}
-    for case, step in steps.items():
-        by_sgd = replace(case, optimizer="sgd")
-        if by_sgd == case:
-            found[case] = step
-        elif by_sgd not in steps:
-            found[by_sgd] = builds[case](by_sgd)
-    return found
-
-
-def steps_to_time(steps: Mapping[Case, Step]) -> dict[tuple[Case, str], Step]:
-    """Returns each case's step, and the computation of hoist's features."""
-    found: dict[tuple[Case, str], Step] = {}
-    for case, step in steps.items():
-        found[case, "step"] = step
-        if step.hoisted is not None:
-            found[case, "features"] = step.hoisted.compute
-    return found
-
-
-def first_case(table: str, problem: Problem, options: Namespace) -> Case:
-    """Returns the case of training everything on one device."""
-    case = Case(table, problem.name, "everything", rows=problem.rows)
-    if problem.tokens is not None:
-        case = replace(case, rows=problem.rows * problem.tokens, unit="tokens")
-    if problem.optimizer is not None:
-        return replace(case, optimizer="optax")
-    return replace(case, optimizer=options.optimizer)
+    return "out of memory beside the other methods of this table"
 
 
 def peak_memory_bytes() -> int | None:
+    """Returns the device's high-water mark since the process started."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 
+def label(case: Case) -> str:
+    """Names the method of a case and its variant."""
+    words = [case.method]
+    if not case.donate:
+        words.append("not donated")
+    if case.frozen_layers:
+        words.append(f"{case.frozen_layers} frozen")
+    if case.clip and case.method in METHODS:  # other libraries' names say it
+        words.append("clipped")
+    if case.optimizer != "sgd":
+        words.append("Adam" if case.optimizer == "adam" else case.optimizer)
+    return ", ".join(words)
+
+
+def full_name(case: Case) -> str:
+    text = f"{case.problem}, {label(case)}"
+    if case.layout is not None:
+        text += f", {case.devices} x {case.platform}, {case.layout}"
+    return text
+
+
 def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def with_sharding(leaf: Any, sharding: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def tree_bytes(tree: Tree) -> int:
@@ -752,7 +751,7 @@ def tree_bytes(tree: Tree) -> int:
 # ------------------------------------------------------------- the compiler's figures
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says about a step; all figures are per device."""
+    """Compiler statistics for a step, per device."""
 
     compile_s: float | None = None
     flops: int | None = None  # XLA's count; None if it misses matrix products
@@ -764,72 +763,74 @@ class Program:
     trainable_bytes: int | None = None
     kept_bytes: int | None = None  # hoist's features of one batch
     collective_bytes: int | None = None  # results of the collectives
-    sent_bytes: int | None = None  # sent for them in a ring
+    sent_bytes: int | None = None  # by one device for them, assuming ring algorithms
 
 
 def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     """Compiles a step and reads what the compiler says about it.
 
     Args:
-        step: a step whose ``fn`` has ``lower``, as jitted functions have.
+        step: the step to compile. If its ``fn`` has no ``lower``, as in some other
+            libraries, only the bytes of its arrays are known.
         devices: how many devices share the work evenly.
         batches: batches per epoch; the features of each stay in memory.
     """
     kept_bytes = None
-    if step.hoisted is not None:
-        kept_bytes = tree_bytes(step.hoisted.features)
-    program = Program(trainable_bytes=step.trainable_bytes, kept_bytes=kept_bytes)
+    if step.features is not None:
+        kept_bytes = tree_bytes(jax.eval_shape(step.features.init))
+    known = Program(trainable_bytes=step.trainable_bytes, kept_bytes=kept_bytes)
     if not hasattr(step.fn, "lower"):
-        return program
+        return known
 
     arguments = (step.init(), *step.args)
     start = time.perf_counter()
     compiled = step.fn.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
+    compile_s = time.perf_counter() - start
     compiled = getattr(compiled, "compiled", compiled)  # Equinox and Flax wrap it
-    collective, sent = collective_bytes(compiled.as_text(), devices)
-    program = replace(
-        program, compile_s=seconds, collective_bytes=collective, sent_bytes=sent
-    )
 
+    flops_min, unused_bytes = None, None
     if hasattr(step.fn, "trace"):
         jaxpr, is_read = without_dead_code(step.fn.trace(*arguments).jaxpr)
-        unused = []
-        for leaf, leaf_is_read in zip(jax.tree.leaves(arguments), is_read):
-            if not leaf_is_read:
-                unused.append(leaf)
         flops_min = product_flops(jaxpr) // (step.steps * devices)
-        unused_bytes = tree_bytes(unused)
-        program = replace(program, flops_min=flops_min, unused_bytes=unused_bytes)
-    # XLA does not count library calls and counts a loop body only once.
+        leaves = jax.tree.leaves(arguments)
+        unused_bytes = tree_bytes([x for x, read in zip(leaves, is_read) if not read])
+
+    # XLA does not count library calls, and counts a loop body only once. Discard its
+    # count if it is below that of the products alone.
     costs = compiled.cost_analysis() or {}
-    if costs.get("flops", -1) >= (program.flops_min or 0):
-        program = replace(program, flops=int(costs["flops"]))
+    flops = None
+    if "flops" in costs and costs["flops"] >= (flops_min or 0):
+        flops = int(costs["flops"])
 
     memory = compiled.memory_analysis()
-    if memory is None:
-        return program
-    memory_bytes = (
-        memory.argument_size_in_bytes
-        + (program.unused_bytes or 0)  # jit drops arguments that it does not read
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes  # outputs that overwrite donated arguments
-        + memory.temp_size_in_bytes
-        + (kept_bytes or 0) * (batches - 1)  # the features of the other batches
-    )
-    bytes_min = None
-    if step.steps == 1:  # a scan may keep parameters in a cache between its steps
-        bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
+    bytes_min, memory_bytes, temp_bytes = None, None, None
+    if memory is not None:
+        temp_bytes = memory.temp_size_in_bytes
+        # Outputs that overwrite donated arguments are aliases.
+        new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        memory_bytes = memory.argument_size_in_bytes + new_bytes + temp_bytes
+        memory_bytes += unused_bytes or 0  # jit drops arguments that it does not read
+        memory_bytes += (kept_bytes or 0) * (batches - 1)  # of the other batches
+        if step.steps == 1:  # a scan may keep parameters in a cache between its steps
+            bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
+
+    collective, sent = collective_bytes(compiled.as_text(), devices)
     return replace(
-        program,
+        known,
+        compile_s=compile_s,
+        flops=flops,
+        flops_min=flops_min,
         bytes_min=bytes_min,
         memory_bytes=memory_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=temp_bytes,
+        unused_bytes=unused_bytes,
+        collective_bytes=collective,
+        sent_bytes=sent,
     )
 
 
 def without_dead_code(closed_jaxpr: Any) -> tuple[Any, list[bool]]:
-    """Returns the jaxpr after dead-code elimination, and a used-flag per argument."""
+    """Eliminates dead code. Also returns, for each argument, whether it is used."""
     from jax.interpreters.partial_eval import dce_jaxpr
 
     jaxpr = closed_jaxpr.jaxpr
@@ -842,19 +843,10 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     for param in eqn.params.values():
         values = param if isinstance(param, tuple) else [param]
         for value in values:
-            jaxpr = getattr(value, "jaxpr", value)  # of a ClosedJaxpr
-            if hasattr(jaxpr, "eqns"):
-                found.append(jaxpr)
+            inner = getattr(value, "jaxpr", value)  # of a ClosedJaxpr
+            if hasattr(inner, "eqns"):
+                found.append(inner)
     return found
-
-
-def draws_random_numbers(jaxpr: Any) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "random_bits":
-            return True
-        if any(draws_random_numbers(inner) for inner in inner_jaxprs(eqn)):
-            return True
-    return False
 
 
 def product_flops(jaxpr: Any) -> int:
@@ -862,7 +854,7 @@ def product_flops(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(eqn)]
+        inner = [product_flops(body) for body in inner_jaxprs(eqn)]
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -874,7 +866,7 @@ def product_flops(jaxpr: Any) -> int:
             total += max(inner)
         elif name == "scan":
             total += eqn.params["length"] * sum(inner)
-        else:  # a while loop counts once: its length is not known
+        else:  # a while loop is counted once because its trip count is unknown
             total += sum(inner)
     return total
 
@@ -887,21 +879,23 @@ def convolution_products(eqn: Any) -> int:
     batch, out_channels = output[output_spec[0]], output[output_spec[1]]
     in_channels_per_group = kernel[kernel_spec[1]]
     count = batch * out_channels * in_channels_per_group
-    for axis, (padding_before, _) in enumerate(eqn.params["padding"]):
-        stride = eqn.params["window_strides"][axis]
-        image_step = eqn.params["lhs_dilation"][axis]
-        kernel_step = eqn.params["rhs_dilation"][axis]
-        windows = np.arange(output[output_spec[2 + axis]]) * stride  # (outputs,)
-        taps = np.arange(kernel[kernel_spec[2 + axis]]) * kernel_step  # (taps,)
-        position = windows[:, None] + taps - padding_before  # in the dilated image
-        last = (image[image_spec[2 + axis]] - 1) * image_step
-        inside = (position >= 0) & (position <= last) & (position % image_step == 0)
-        count *= int(inside.sum())
+    for axis in range(len(image) - 2):
+        # A convolution of ones counts the taps that meet a pixel.
+        taps = jax.lax.conv_general_dilated(
+            jnp.ones((1, 1, image[image_spec[2 + axis]])),
+            jnp.ones((1, 1, kernel[kernel_spec[2 + axis]])),
+            window_strides=[eqn.params["window_strides"][axis]],
+            padding=[eqn.params["padding"][axis]],
+            lhs_dilation=[eqn.params["lhs_dilation"][axis]],
+            rhs_dilation=[eqn.params["rhs_dilation"][axis]],
+        )
+        count *= int(taps.sum())
     return int(count)
 
 
-# A result, such as f32[8]{0} or a tuple of them; the operation; its operands.
+# %all-reduce.1 = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1, ...
 OPERATION = re.compile(r" = (?P<result>\(.*?\)|\S+) (?P<name>[a-z-]+)\(")
+# f32[8], bf16[2,3], pred[]
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 
 
@@ -910,7 +904,7 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
 
     Returns:
         The bytes of their results on one device, and the bytes that one device sends
-        for them in a ring. A collective in a loop counts once.
+        for them, assuming ring algorithms. A collective in a loop counts once.
     """
     n = devices
     sent_per_byte = {  # of the result, which for reduce-scatter is 1/n of the input
@@ -926,12 +920,13 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         operation = OPERATION.search(line)
         if operation is None:
             continue
-        # An asynchronous collective appears as -start and -done. Count only -done,
-        # whose result matches the synchronous form.
+        # An asynchronous collective appears as all-reduce-start and all-reduce-done.
+        # Count only -done, whose result matches the synchronous form.
         name = operation["name"].removesuffix("-done")
         if name not in sent_per_byte:
             continue
-        # On TPUs one collective may stand in several fusions, with one channel.
+        # On TPUs the same collective may appear in several fusions, with the same
+        # channel_id.
         channel = re.search(r"channel_id=\d+", line)
         if channel is not None:
             if channel[0] in channels:
@@ -959,68 +954,107 @@ def place(
         devices: they share the rows of the batch.
         sharded: also shard each parameter along its first evenly divisible axis.
             Otherwise each device stores all parameters.
-        abstract: return shapes instead of arrays.
+        abstract: return shapes with shardings instead of arrays.
     """
     mesh = Mesh(np.array(devices), ("data",))
-    count = len(devices)
 
-    def sharding_of(param: Any) -> NamedSharding:
-        if sharded:
-            for axis, size in enumerate(param.shape):
-                if size and size % count == 0:
-                    before = [None] * axis
-                    return NamedSharding(mesh, PartitionSpec(*before, "data"))
-        return NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: Any, sharding: NamedSharding) -> Any:
-        if abstract:
-            return with_sharding(leaf, sharding)
-        return jax.device_put(leaf, sharding)
+    def repeat(leaf: Any) -> Any:
+        return jnp.concatenate([leaf] * len(devices)) if len(devices) > 1 else leaf
 
     def put_batch(leaf: Any) -> Any:
-        if leaf.shape[:1] != (problem.rows,):  # for instance a random key
+        if leaf.shape[:1] != (problem.batch_rows,):  # for instance a random key
             return put(leaf, NamedSharding(mesh, PartitionSpec()))
-        if abstract:
-            shape = (count * problem.rows, *leaf.shape[1:])
-            leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-        elif count > 1:
-            leaf = jnp.concatenate([leaf] * count)
-        return put(leaf, NamedSharding(mesh, PartitionSpec("data")))
+        rows = jax.eval_shape(repeat, leaf) if is_abstract(leaf) else repeat(leaf)
+        return put(rows, NamedSharding(mesh, PartitionSpec("data")))
 
-    params = jax.tree.map(lambda leaf: put(leaf, sharding_of(leaf)), problem.params)
-    batch = jax.tree.map(put_batch, problem.batch)
-    placed = replace(problem, params=params, batch=batch)
-    return replace(placed, sharding=sharding_of, abstract=abstract)
+    params, batch = problem.params, problem.batch
+    if abstract:
+        params, batch = shapes_of((params, batch))
+    placed = replace(problem, devices=devices, sharded=sharded)
+    params = place_params(placed, params)
+    return replace(placed, params=params, batch=jax.tree.map(put_batch, batch))
 
 
-def devices_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
+def place_params(problem: Problem, tree: Tree) -> Tree:
+    """Places parameters, or moments of them, on the problem's devices."""
+    count = len(problem.devices)
+    mesh = Mesh(np.array(problem.devices), ("data",))
+
+    def put_param(leaf: Any) -> Any:
+        axes: list[str | None] = []
+        if problem.sharded:
+            for size in leaf.shape:
+                if size and size % count == 0:
+                    return put(leaf, NamedSharding(mesh, PartitionSpec(*axes, "data")))
+                axes.append(None)
+        return put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(put_param, tree)
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """Returns a tree with the shapes of its arrays."""
+    return jax.eval_shape(lambda tree: tree, tree)
+
+
+def put(leaf: Any, sharding: NamedSharding) -> Any:
+    if is_abstract(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.device_put(leaf, sharding)
+
+
+def is_abstract(tree: Tree) -> bool:
+    """Returns whether a tree has shapes in the place of arrays."""
+    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+
+
+def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
+    """Returns a step's first state: copies of the parameters, and their moments.
+
+    If the parameters are shapes, so is the state.
+    """
+
+    def copy(params: Tree) -> Tree:
+        return jax.tree.map(jnp.copy, params), optimizer.init(params)
+
+    if is_abstract(params):
+        return place_params(problem, jax.eval_shape(copy, params))
+    return place_params(problem, copy(params))
+
+
+def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One data-parallel step of the last problem, on several devices."""
     problem, devices = problems[-1], usable_devices(options)
     title = describe(problem)
-    timed, compiled = [], []
-    for count in device_counts(options, len(devices)):
-        # Devices of one CPU share its cores, so their times would mean nothing.
-        on_one_cpu = devices[0].platform == "cpu" and count > jax.process_count()
-        if options.compile_only or on_one_cpu:
-            compiled.append(count)
-        else:
-            timed.append(count)
 
-    for count in timed:
-        cases = device_cases(problem, jax.local_devices()[:1], options)
+    def build(case: Case) -> Step:
+        used = devices[: case.devices]
+        if case.devices == 1:
+            used = jax.local_devices()[:1]  # each process has its own
+        placed = place(problem, used, case.layout == "sharded", case.simulated)
+        return build_step(placed, case)
+
+    simulated: list[Case] = []
+    for count in device_counts(options, len(devices)):
+        alone = baseline_case("devices", problem, options)
+        case = replace(
+            alone, devices=count, rows=count * alone.rows, platform=devices[0].platform
+        )
+        # Devices simulated on one CPU share its cores: timing them is meaningless.
+        on_one_cpu = case.platform == "cpu" and count > jax.process_count()
+        if options.compile_only or on_one_cpu:
+            simulated += device_cases(replace(case, simulated=True))
+            continue
+        # Only results that are timed together are compared, so one device is timed
+        # again beside each number of devices.
+        cases = device_cases(alone)
         if count > 1:
-            cases |= device_cases(problem, devices[:count], options)
-        yield Table(title, measure(cases, options))
-    simulated: dict[Case, Build] = {}
-    for count in compiled:
-        simulated |= device_cases(problem, devices[:count], options, simulated=True)
+            cases += device_cases(case)
+        yield title, measure(cases, build, options)
     if simulated:
         compiled_for = options.topology or devices[0].platform
         title += f"\nas compiled for {compiled_for}, not run"
-        yield Table(title, measure(simulated, options))
-    alone = jax.process_count() == 1
-    if alone and options.devices is None and not options.compile_only:
-        yield simulated_elsewhere(problem, options)
+        yield title, measure(simulated, build, options)
 
 
 def device_counts(options: Namespace, available: int) -> list[int]:
@@ -1033,51 +1067,41 @@ def device_counts(options: Namespace, available: int) -> list[int]:
     if options.compile_only:
         return [1, 2, 4, 8]
     counts = []
-    count = 2 if jax.process_count() == 1 else jax.process_count()
+    count = max(2, jax.process_count())
     while count <= available:
         counts.append(count)
         count *= 2
     return counts
 
 
-def device_cases(
-    problem: Problem,
-    devices: Sequence[jax.Device],
-    options: Namespace,
-    simulated: bool = False,
-) -> dict[Case, Build]:
+def device_cases(case: Case) -> list[Case]:
     """Returns the cases of everything and partition, in each layout."""
-    count, device_platform = len(devices), devices[0].platform
-    case = first_case("devices", problem, options)
-    case = replace(
-        case,
-        devices=count,
-        platform=device_platform,
-        simulated=simulated,
-        rows=case.rows * count,
-    )
     layouts = ["replicated"]
-    # XLA for CPUs all-reduces gradients that it reduce-scatters for GPUs and TPUs.
-    if count > 1 and not (simulated and device_platform == "cpu"):
+    # XLA's CPU backend uses all-reduce where its GPU and TPU backends use
+    # reduce-scatter, so figures of simulated sharded steps would mislead.
+    if case.devices > 1 and not (case.simulated and case.platform == "cpu"):
         layouts.append("sharded")
-
-    builds: dict[Case, Build] = {}
+    cases = []
     for layout in layouts:
-        placed = place(problem, devices, layout == "sharded", abstract=simulated)
         for method in ("everything", "partition"):
-            built = replace(case, method=method, layout=layout)
-            builds[built] = partial(build_step, placed)
-    return builds
+            cases.append(replace(case, method=method, layout=layout))
+    return cases
 
 
 def usable_devices(options: Namespace) -> list[jax.Device]:
-    """Returns the devices, interleaved across processes."""
+    """Returns the devices, one of each process in turn.
+
+    The first n of them must include the same number from each process.
+    """
     if options.topology:
         return topology_devices(options.topology)
     by_process: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
     for device in jax.devices():
         by_process[device.process_index].append(device)
-    return [device for turn in zip(*by_process) for device in turn]
+    devices: list[jax.Device] = []
+    for one_of_each in zip(*by_process):
+        devices += one_of_each
+    return devices
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -1089,7 +1113,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
         if "not installed" in str(error):
             command = 'uv run --with "jax[tpu]" bench.py ...'
@@ -1097,89 +1121,94 @@ def topology_devices(name: str) -> list[jax.Device]:
         names = "v5e:2x4, v5e:16x16, v6e:16x16 or v5p:4x4x4"
         message = f"--topology {name}: {error}; use for example {names}"
         raise ValueError(message) from error
-    return list(found.devices)
+    return list(topology.devices)
 
 
-def simulated_elsewhere(problem: Problem, options: Namespace) -> Table:
+def needs_simulation(options: Namespace) -> bool:
+    """Returns whether 8 devices are simulated, as they are unless you choose them."""
+    if options.devices or options.compile_only or jax.process_count() > 1:
+        return False
+    return "devices" in options.tables
+
+
+def simulated_table(options: Namespace, problem: Problem) -> tuple[str, list[Row]]:
     """Compiles for 8 CPU devices in a new process.
 
     JAX has already fixed this process's device count.
     """
+    arguments = []
+    for name in ("model", "sizes", "batch", "dtype", "optimizer", "train", "freeze"):
+        value = getattr(options, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, values)]
     with TemporaryDirectory() as folder:
         file = Path(folder, "devices.json")
-        command = [sys.executable, __file__, *problem_options(options)]
-        command += ["--compile-only", "--devices", "8", "--json", str(file)]
+        command = [sys.executable, __file__, "--compile-only", "--devices", "8"]
+        command += ["--json", str(file), *arguments]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode != 0:
             _, _, last_line = process.stderr.strip().rpartition("\n")
             raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
         rows = json.loads(file.read_text("utf-8"))["rows"]
-    title = f"{describe(problem)}\nas compiled for cpu, not run"
-    return Table(title, [result_from(row) for row in rows])
-
-
-def problem_options(options: Namespace) -> list[str]:
-    """Returns the options that define the problem, as command-line arguments."""
-    arguments = ["--optimizer", options.optimizer, "--dtype", options.dtype]
-    for name in ("model", "batch"):
-        if getattr(options, name) is not None:
-            arguments += [f"--{name}", str(getattr(options, name))]
-    for name in ("sizes", "train", "freeze"):
-        if getattr(options, name):
-            arguments += [f"--{name}", *map(str, getattr(options, name))]
-    return arguments
+    return f"{describe(problem)}\nas compiled for cpu, not run", rows
 
 
 # ------------------------------------------------------------------- the other tables
-def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
+def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step with the first n layers frozen, for each n."""
     problem = place(problems[-1], jax.local_devices()[:1])
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
-    first = replace(first_case("prefix", problem, options), frozen_layers=0)
-    builds: dict[Case, Build] = {
-        first: partial(build_step, replace(problem, where=layers))
-    }
+    baseline = baseline_case("prefix", problem, options)
+    cases = [baseline]
     for frozen in range(1, len(layers)):
-        partly_frozen = replace(problem, where=layers[frozen:])
         for method in ("partition", "hoist"):
-            case = replace(first, method=method, frozen_layers=frozen)
-            builds[case] = partial(build_step, partly_frozen)
+            cases.append(replace(baseline, method=method, frozen_layers=frozen))
+
+    def build(case: Case) -> Step:
+        where = layers[case.frozen_layers :]
+        return build_step(replace(problem, where=where), case)
+
     title = f"{problem.name}: freeze the first layers of {sizes_text(problem.sizes)}"
-    yield Table(title, measure(builds, options))
+    yield title, measure(cases, build, options)
 
 
-def run_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
-    """A step of minifreeze's walk-through, in a loop and in a scan."""
-    steps = RUN_STEPS
+def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
+    """A step of minifreeze's walk-through, run in a Python loop and in a scan."""
     sizes, rows, where = MLPS["seed"]
     problem = mlp("seed", sizes, rows, where, options.dtype)
     trainable, frozen = mf.partition(where, problem.params)
-    xs, ys = mf.dataset(jax.random.key(1), steps, rows)
+    xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, rows)
     xs = xs.astype(options.dtype)
 
     loop = Step(
         fn=jax.jit(mf.train_step, donate_argnums=0),
         init=lambda: jax.tree.map(jnp.copy, trainable),
         args=(frozen, xs[0], ys[0]),
+        same_step_group="one step",
         trainable_bytes=tree_bytes(trainable),
     )
     train = jax.jit(mf.train, donate_argnums=0)
-    scan_once = replace(loop, fn=train, args=(frozen, xs[:1], ys[:1]))
-    scan = replace(scan_once, args=(frozen, xs, ys), steps=steps, same_step_group=None)
-    loop_case = replace(first_case("run", problem, options), method="loop")
-    scan_case = replace(loop_case, method="scan")
-    check_same_step({loop_case: loop, scan_case: scan_once})
-
-    builds: dict[Case, Build] = {loop_case: lambda case: loop}
-    builds[scan_case] = lambda case: scan
-    title = (
-        f"seed: one step of the walk-through. The loop repeats one batch; "
-        f"the scan reads {steps:,}."
+    short_scan = replace(loop, fn=train, args=(frozen, xs[:1], ys[:1]))
+    scan = replace(
+        short_scan, args=(frozen, xs, ys), steps=RUN_STEPS, same_step_group="all steps"
     )
-    yield Table(title, measure(builds, options))
+    loop_case = replace(
+        baseline_case("run", problem, options), method="loop", optimizer="sgd"
+    )
+    scan_case = replace(loop_case, method="scan")
+    # A scan of one step must equal the step. The one that is timed takes many.
+    check_same_step({loop_case: loop, scan_case: short_scan})
+
+    steps = {loop_case: loop, scan_case: scan}
+    title = (
+        f"seed: a step of the walk-through. The loop repeats one batch, "
+        f"the scan reads {RUN_STEPS:,} different ones."
+    )
+    yield title, measure([loop_case, scan_case], lambda case: steps[case], options)
 
 
-def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Table]:
+def peers_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """The same step in other libraries."""
     sys.modules["bench"] = sys.modules[__name__]  # which peers.py imports
     peers = runpy.run_path(str(PEERS))
@@ -1188,7 +1217,7 @@ def peers_table(options: Namespace, problems: Sequence[Problem]) -> Iterator[Tab
 
 RUN_STEPS = 10_000  # in the walk-through
 PEERS = Path(__file__).parent / ".ci" / "peers.py"
-TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Iterator[Table]]] = {
+TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Tables]] = {
     "methods": methods_table,
     "prefix": prefix_table,
     "run": run_table,
@@ -1200,7 +1229,16 @@ TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Iterator[Table]]] = {
 # --------------------------------------------------------------------- your own model
 def load_model(options: Namespace) -> Problem:
     """Calls the function that --model names, and checks what it returns."""
-    returned = call_model(options.model)
+    file, _, name = options.model.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"--model: there is no file {file}")
+    with errors_of(options.model):
+        sys.path.insert(0, str(Path(file).parent.resolve()))
+        module = runpy.run_path(file)
+    if name not in module:
+        raise ValueError(f"{file} has no {name}()")
+    with errors_of(options.model):
+        returned = module[name]()
     if not isinstance(returned, tuple) or len(returned) not in (3, 4):
         expected = "(loss_fn, params, batch) or (loss_fn, params, batch, optimizer)"
         raise ValueError(f"{options.model} must return {expected}")
@@ -1214,44 +1252,47 @@ def load_model(options: Namespace) -> Problem:
                 f"parameter {leaf_name(path)!r} is {leaf.dtype}, which cannot be "
                 "differentiated; close over it in the loss function"
             )
-    jax.eval_shape(jax.grad(loss), params, *batch)
+    with errors_of(options.model):
+        # Raises here if the loss cannot be differentiated.
+        jax.eval_shape(jax.grad(loss), params, *batch)
     rows, tokens = count_rows(batch, options.batch)
     return Problem(
-        name=Path(options.model.rpartition(":")[0]).stem,
+        name=Path(file).stem,
         where=options.where,
         loss=loss,
         params=params,
         batch=batch,
-        rows=rows,
+        batch_rows=rows,
         tokens=tokens,
         optimizer=returned[3] if len(returned) == 4 else None,
     )
 
 
-def call_model(model: str) -> Any:
-    file, _, name = model.rpartition(":")
-    sys.path.insert(0, str(Path(file).parent.resolve()))
+@contextmanager
+def errors_of(model: str) -> Iterator[None]:
+    """Turns exceptions of your own code into ValueError, after their traceback."""
     try:
-        module = runpy.run_path(file)
-        if name not in module:
-            raise ValueError(f"{file} has no {name}()")
-        return module[name]()
+        yield
     except ModuleNotFoundError as error:
         command = f"uv run --with {error.name} bench.py ..."
         raise ValueError(f"{model}: {error}; {command}") from error
     except SystemExit as error:
         raise ValueError(f"{model} called sys.exit({error.code})") from error
+    except Exception as error:
+        traceback.print_exc()
+        name = type(error).__name__
+        raise ValueError(f"{model} raised {name}: {error}") from error
 
 
-def arrays_of(label: str, tree: Tree) -> Tree:
+def arrays_of(kind: str, tree: Tree) -> Tree:
     """Converts each leaf to a JAX array; raises ValueError if one is not an array."""
 
     def as_array(path: Any, leaf: Any) -> jax.Array:
         try:
             return jnp.asarray(leaf)
         except TypeError as error:
-            found = f"{leaf_name(path)!r} is a {type(leaf).__name__}"
-            raise ValueError(f"{label} {found}, not an array") from error
+            message = f"{kind} {leaf_name(path)!r} is a {type(leaf).__name__}"
+            raise ValueError(f"{message}, not an array") from error
 
     return jax.tree_util.tree_map_with_path(as_array, tree)
 
@@ -1265,20 +1306,22 @@ def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
     data = []
     for leaf in jax.tree.leaves(batch):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if leaf.ndim > 0 and not is_key and given in (None, leaf.shape[0]):
+        if leaf.ndim > 0 and not is_key:
             data.append(leaf)
     lengths = sorted({leaf.shape[0] for leaf in data})
-    if len(lengths) != 1:
-        found = f"the leaves of the batch have first axes {lengths}"
-        if given is not None:
-            found = f"no leaf of the batch has a first axis of {given}"
-        raise ValueError(f"{found}; pass the number of rows with --batch N")
+    if given is None and len(lengths) != 1:
+        message = f"the leaves of the batch have first axes {lengths}"
+        raise ValueError(f"{message}; pass the number of rows with --batch N")
+    if given is not None and given not in lengths:
+        raise ValueError(f"no leaf of the batch has a first axis of {given}")
 
+    rows = lengths[0] if given is None else given
+    data = [leaf for leaf in data if leaf.shape[0] == rows]
     for leaf in data:
-        is_ids = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
-        if not is_ids or leaf.shape != data[0].shape:
-            return lengths[0], None
-    return lengths[0], data[0].shape[1]
+        is_token_ids = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if not is_token_ids or leaf.shape != data[0].shape:
+            return rows, None
+    return rows, data[0].shape[1]
 
 
 # ---------------------------------------------------------------------------- options
@@ -1300,28 +1343,30 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     names = [name for name in TABLES if name != "peers"]
     add("--tables", nargs="+", choices=names, metavar="TABLE", help=", ".join(names))
     add("--peers", action="store_true", help="compare with other libraries")
-    add("--sizes", nargs="+", type=int, metavar="N", help="layer widths for an MLP")
-    add("--batch", type=int, metavar="N", help="rows per batch and device")
-    which = parser.add_mutually_exclusive_group()
+    add("--sizes", nargs="+", type=natural, metavar="N", help="layer widths for an MLP")
+    add("--batch", type=natural, metavar="N", help="rows per batch and device")
+    selection = parser.add_mutually_exclusive_group()
     train_help, freeze_help = "train these leaves", "freeze these leaves"
-    which.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
-    which.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
+    selection.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
+    selection.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of MLPs")
     model_help = "NAME() returns (loss_fn, params, batch); the loss is a mean over rows"
     add("--model", metavar="FILE.py:NAME", help=model_help)
-    add("--rounds", type=int, default=7, metavar="N", help="samples per row; default 7")
+    rounds_help = "samples per row; default 7"
+    add("--rounds", type=natural, default=7, metavar="N", help=rounds_help)
     batches_help = "batches per epoch (sizes hoist's feature cache)"
-    add("--batches", type=int, default=1, metavar="N", help=batches_help)
-    add("--devices", nargs="+", type=int, metavar="N", help="device counts to test")
-    add("--compile-only", action="store_true", help="simulate devices, time nothing")
+    add("--batches", type=natural, default=1, metavar="N", help=batches_help)
+    add("--devices", nargs="+", type=natural, metavar="N", help="device counts to test")
+    compile_help = "compile for simulated devices without timing"
+    add("--compile-only", action="store_true", help=compile_help)
     add("--topology", metavar="NAME", help="TPU pod to compile for, such as v5e:16x16")
     cluster_help = "join a SLURM, TPU or Kubernetes cluster"
     add("--cluster", action="store_true", help=cluster_help)
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    add("--processes", type=int, metavar="N", help="number of processes")
+    add("--processes", type=natural, metavar="N", help="number of processes")
     add("--process", type=int, metavar="I", help="index of this process, from 0")
-    add("--json", type=Path, metavar="FILE", help="write the results")
+    add("--json", type=Path, metavar="FILE", help="write the results, after each table")
     add("--plot", type=Path, metavar="FILE", help="draw the prefix and methods tables")
     options = parser.parse_args(argv)
 
@@ -1334,9 +1379,17 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for name in ("json", "plot"):  # a model may change the working directory
         file = getattr(options, name)
         if file is not None:
-            setattr(options, name, file.absolute())
+            setattr(options, name, file.resolve())
     check_options(options, parser.error)
     return options
+
+
+def natural(text: str) -> int:
+    """Parses a positive integer."""
+    number = int(text)
+    if not 0 < number < 2**31:
+        raise ArgumentTypeError(f"must be positive and below 2**31, not {number}")
+    return number
 
 
 def inverted(pattern: str) -> str:
@@ -1345,7 +1398,7 @@ def inverted(pattern: str) -> str:
 
 
 def chosen_tables(options: Namespace) -> list[str]:
-    """Returns the named tables, or else those affected by every given option."""
+    """Returns the named tables or, by default, those to which all options apply."""
     tables = ["methods", "prefix", "run", "devices"]
     if options.tables:
         tables = [table for table in tables if table in options.tables]
@@ -1353,7 +1406,7 @@ def chosen_tables(options: Namespace) -> list[str]:
         tables = ["devices"]
     elif options.model:
         tables = ["methods"]
-    elif options.where and not options.peers:
+    elif options.where:
         tables = ["methods", "devices"]
     elif options.sizes or options.batch or options.optimizer != "sgd":
         tables = ["methods", "prefix", "devices"]
@@ -1368,21 +1421,17 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
         error("JAX_DISABLE_JIT is set, so nothing would be compiled")
 
     sizes, counts = options.sizes or [], options.devices or []
-    numbers = [options.batch, options.rounds, options.batches, options.processes]
-    for number in [*sizes, *counts, *numbers]:
-        if number is not None and not 0 < number < 2**31:
-            error(f"numbers must be positive and below 2**31, not {number}")
     if len(sizes) == 1:
         error("--sizes needs at least two widths")
     if len(set(counts)) < len(counts):
         error(f"--devices contains a duplicate: {counts}")
 
-    _, _, port = (options.coordinator or "host:1").rpartition(":")
-    if not port.isdecimal() or int(port) >= 2**16:
-        error(f"--coordinator must be HOST:PORT, not {options.coordinator}")
+    if options.coordinator is not None:
+        _, _, port = options.coordinator.rpartition(":")
+        if not port.isdecimal() or int(port) >= 2**16:
+            error(f"--coordinator must be HOST:PORT, not {options.coordinator}")
     address = (options.coordinator, options.processes, options.process)
-    missing = [value is None for value in address]
-    if any(missing) and not all(missing):
+    if any(value is not None for value in address) and None in address:
         error("--coordinator, --processes and --process go together")
 
     if options.model and not options.where:
@@ -1390,7 +1439,7 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     if options.model and ":" not in options.model:
         error(f"--model must be FILE.py:NAME, not {options.model}")
     if options.model and "prefix" in options.tables:
-        error("the prefix table freezes layers of an MLP: omit it with --model")
+        error("--model has no prefix table, which freezes the layers of an MLP")
     if options.topology and not options.compile_only:
         error("--topology needs --compile-only")
     if options.topology and options.devices:
@@ -1402,11 +1451,10 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     if options.plot and not {"methods", "prefix"} & set(options.tables):
         error("--plot draws the methods and prefix tables; select at least one of them")
 
-    files = [file.resolve() for file in (options.json, options.plot) if file]
-    if len(set(files)) < len(files):
-        error(f"--json and --plot must not be the same file: {files[0]}")
-    for file in files:
-        if file.exists() and not file.is_file():
+    if options.json and options.json == options.plot:
+        error(f"--json and --plot must not be the same file: {options.json}")
+    for file in (options.json, options.plot):
+        if file and file.exists() and not file.is_file():
             error(f"{file} is not a regular file")
 
 
@@ -1460,10 +1508,27 @@ def check_devices(options: Namespace) -> None:
     for count in options.devices or []:
         if count > available or count % processes:
             raise ValueError(
-                f"--devices {count}: there are {available} devices in {processes} "
-                f"processes; the count must be at most {available} and divisible by "
-                f"{processes} (--compile-only simulates more)"
+                f"--devices {count}: there are {available} devices; the count must be "
+                f"at most that and divisible by {processes}, the number of processes "
+                "(--compile-only simulates more)"
             )
+
+
+def check_files(options: Namespace) -> None:
+    """Raises an error early, if an output file cannot be written."""
+    for file in (options.json, options.plot):
+        if file is not None:
+            TemporaryDirectory(dir=file.parent).cleanup()
+    if options.plot is not None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            command = "uv run --with matplotlib bench.py ..."
+            raise ValueError(f"--plot needs matplotlib: {command}") from error
+        formats = Figure().canvas.get_supported_filetypes()
+        if options.plot.suffix[1:].lower() not in formats:
+            endings = ", ".join(sorted(formats))
+            raise ValueError(f"--plot {options.plot} must end in one of: {endings}")
 
 
 def load_problems(options: Namespace) -> list[Problem]:
@@ -1490,7 +1555,7 @@ def load_problems(options: Namespace) -> list[Problem]:
 
 
 def join_cluster(options: Namespace) -> None:
-    """Makes this process one of a cluster. Only process 0 prints and writes."""
+    """Joins the cluster. Only process 0 prints and writes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if options.process == 0 and options.coordinator:
         _, _, port = options.coordinator.rpartition(":")
@@ -1504,7 +1569,7 @@ def join_cluster(options: Namespace) -> None:
         options.process,
         initialization_timeout=60,
     )
-    # JAX replaced the OS-level handler behind Python's back; reinstall ours.
+    # JAX replaced the operating system's handler without telling Python.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1513,8 +1578,9 @@ def join_cluster(options: Namespace) -> None:
 def check_cluster(failure: str, options: Namespace) -> None:
     """Raises ValueError in all processes if one failed or has different options.
 
-    multihost_utils.assert_equal would suffice, but in jax 0.5.1 it never fails on
-    process 0.
+    Compares a checksum of the failure message and the options, because processes can
+    exchange only arrays. multihost_utils.assert_equal would suffice, but in jax 0.5.1
+    it never fails on process 0.
     """
     shared = dict(vars(options))
     for name in ("json", "plot", "process"):
@@ -1526,39 +1592,13 @@ def check_cluster(failure: str, options: Namespace) -> None:
         raise ValueError(failure)
     if others.size:
         raise ValueError(
-            f"processes {others} failed their checks or were started with different "
-            f"options from process 0; the options of this process: {shared}"
+            f"processes {others} failed their checks or were started with options that "
+            f"differ from those of process 0; the options of this process: {shared}"
         )
 
 
-# ----------------------------------------------------------------------------- output
-say = partial(print, flush=True)
-
-
-class Interrupts:
-    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt; after hold(), records them."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.held = False
-        self.before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: object) -> None:
-        self.received = number
-        if not self.held:
-            raise KeyboardInterrupt
-
-    def hold(self) -> None:
-        self.held = True
+# -------------------------------------------------------------------------- the report
+print_now = partial(print, flush=True)
 
 
 class Report:
@@ -1567,9 +1607,32 @@ class Report:
     def __init__(self) -> None:
         self.options = Namespace(json=None, plot=None)
         self.card: dict[str, Any] = {}  # empty until the measuring begins
-        self.tables: list[TableRows] = []
-        self.ended = ""
+        self.tables: list[tuple[str, list[Row]]] = []  # titles and rows
+        self.ended = "running"
         self.code = 0
+        self.signal: int | None = None  # the last one
+        self.signal_time = -math.inf
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt during run().
+
+        Another signal within a second must not interrupt the handling of the first.
+        """
+        is_repeated = time.monotonic() < self.signal_time + 1
+        self.signal, self.signal_time = number, time.monotonic()
+        if self.ended == "running" and not is_repeated:
+            raise KeyboardInterrupt
+
+    def stop_if_interrupted(self) -> None:
+        """Ends the run if a signal ended time_rounds early."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def add(self, title: str, rows: list[Row]) -> None:
+        """Stores, writes and prints a table."""
+        self.tables.append((title, rows))
+        write_json(self)
+        print_now(table_text(title, rows))
 
     def fail(self, error: Exception) -> None:
         """Records an error: exit code 2 if the measuring never began, else 1."""
@@ -1577,33 +1640,75 @@ class Report:
         measuring = bool(self.card)
         self.code = 1 if measuring else 2
         if measuring and not isinstance(error, (OSError, FloatingPointError)):
-            sys.excepthook(type(error), error, error.__traceback__)
+            traceback.print_exception(error)
 
 
-def finish(report: Report) -> None:
-    """Writes the files and prints the answer, if anything was measured."""
+def finish(report: Report) -> NoReturn:
+    """Writes the files, prints the conclusion, and ends the process.
+
+    The exit code is 0, 1, 2 or 128 + the number of the signal.
+    """
     try:
         if report.tables and jax.process_index() == 0:
-            write_files(report)
-            conclusion = answer([table.rows for table in report.tables])
+            write_json(report)
+            write_plot(report)
+            conclusion = answer([rows for _, rows in report.tables])
             if conclusion:
-                say(f"\n{conclusion}")
+                print_now(f"\n{conclusion}")
     except OSError as error:
         report.fail(error)
 
-
-def leave(report: Report, interrupts: Interrupts) -> None:
-    """Ends the process with 0, 1, 2 or 128 + the signal number."""
-    code = report.code
-    if interrupts.received is not None:
-        code = 128 + interrupts.received
+    code, message = report.code, report.ended.partition("\n")[0]
+    if report.signal is not None:
+        code = 128 + report.signal
+        if report.ended == "complete":
+            message = "interrupted after the last table; the results are complete"
     if code != 0:
-        first_line = report.ended.partition("\n")[0]
         with suppress(OSError):
-            say(f"bench.py: {first_line}", file=sys.stderr)
+            print_now(f"bench.py: {message}", file=sys.stderr)
     if code in (0, 2):
         sys.exit(code)
-    os._exit(code)  # interpreter or JAX-distributed shutdown may hang
+    os._exit(code)  # a normal exit may hang in JAX's distributed shutdown
+
+
+def write_json(report: Report) -> None:
+    file = report.options.json
+    if file is None or jax.process_index() != 0:
+        return
+    rows: list[Row] = []
+    for _, table_rows in report.tables:
+        rows += table_rows
+    results = {
+        "card": report.card,
+        "complete": report.ended == "complete",
+        "ended": report.ended,
+        "rows": rows,
+    }
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def write_plot(report: Report) -> None:
+    """Draws the prefix table and the last methods table, if they were timed."""
+    timed_tables = {}
+    for title, rows in report.tables:
+        timed = [row for row in rows if row["step_s"] is not None]
+        if timed and timed[0]["table"] in ("methods", "prefix"):
+            timed_tables[timed[0]["table"]] = (title.partition("\n")[0], timed)
+    if report.options.plot is not None and timed_tables:
+        figure = draw(report.card, timed_tables)
+        write_atomically(report.options.plot, figure.savefig)
+
+
+def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes to a temporary file in the same directory, then renames it.
+
+    Readers never see a partial file.
+    """
+    with TemporaryDirectory(dir=file.parent) as folder:
+        temporary = Path(folder, file.name)
+        write(temporary)
+        temporary.replace(file)
 
 
 # ------------------------------------------------------------------------ the machine
@@ -1637,33 +1742,26 @@ def measure_peaks(dtype: str) -> tuple[float, float]:
     side = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
     matrix /= math.sqrt(side)  # repeated products neither vanish nor overflow
-    vector_bytes = PEAK_VECTOR_BYTES
 
-    def multiply(product: jax.Array, a: jax.Array) -> tuple[jax.Array, None]:
-        return product @ a, None
-
-    def increment(vector: jax.Array) -> tuple[jax.Array, None]:
-        return vector + 1, None
-
+    multiply = jax.jit(lambda product, a: (product @ a, None))
+    increment = jax.jit(lambda vector: (vector + 1, None), donate_argnums=0)
+    size = PEAK_VECTOR_BYTES // 4  # of float32
     steps = {
-        "product": Step(jax.jit(multiply), init=lambda: matrix, args=(matrix,)),
-        "increment": Step(
-            jax.jit(increment, donate_argnums=0),
-            init=lambda: jnp.zeros(vector_bytes // 4, jnp.float32),
-        ),
+        "product": Step(multiply, init=lambda: matrix, args=(matrix,)),
+        "bandwidth": Step(increment, init=lambda: jnp.zeros(size, jnp.float32)),
     }
     timings = time_rounds(steps, rounds=5)
     flops = 2 * side**3 / min(timings["product"].samples)
-    bytes_moved = 2 * vector_bytes  # read and written
-    return flops, bytes_moved / min(timings["increment"].samples)
+    bytes_moved = 2 * PEAK_VECTOR_BYTES  # read and written
+    return flops, bytes_moved / min(timings["bandwidth"].samples)
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = re.search(r"model name\s*: (.+)", info.read_text())
-        if found is not None:
-            return found[1]
+        model = re.search(r"model name\s*: (.+)", info.read_text())
+        if model is not None:
+            return model[1]
     return platform.processor()
 
 
@@ -1680,164 +1778,105 @@ def git(*arguments: str) -> str | None:
 # -------------------------------------------------------------------- results as rows
 Row = dict[str, Any]  # of the JSON file; an unknown figure is None
 
-
-class TableRows(NamedTuple):
-    title: str
-    rows: list[Row]
-
-
-class HoistOutcome(str, Enum):
-    """The comparison of hoist's step with partition's."""
-
-    FASTER = "faster"
-    SLOWER = "slower"
-    NO_DIFFERENCE = "no difference"
-    NOTHING_TO_HOIST = "nothing to hoist"
-    NOT_TIMED = "not timed"  # one of the two
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The statistics of a result's samples, alone and relative to its table."""
-
-    step_s: float | None = None
-    spread_s: float | None = None
-    samples: tuple[float, ...] = ()
-    speedup: float | None = None  # relative to everything
-    differs: bool | None = None  # from everything, by more than the spreads
-    rows_per_s: float | None = None
-    efficiency: float | None = None  # share of the speed of one device alone
-    limit_share: float | None = None
-    once_s: float | None = None
-    hoist_outcome: HoistOutcome | None = None
-    break_even: float | None = None  # in epochs
+NOT_TIMED: Row = {
+    "step_s": None,  # median
+    "spread_s": None,
+    "samples": (),
+    "speedup": None,  # relative to everything
+    "differs": None,  # from everything, by more than the spreads
+    "rows_per_s": None,
+    "efficiency": None,  # throughput per device, relative to a single device
+    "limit_share": None,
+    "once_s": None,
+    "break_even": None,  # epochs until hoist's features have paid for themselves
+}
 
 
 def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
-    """Converts the results of one table to rows of the JSON file."""
-    all_figures = [figures_of(result, results, card) for result in results]
-    timed = [figures for figures in all_figures if figures.step_s is not None]
-    show_limit = all(figures.limit_share is not None for figures in timed)
-
-    rows = []
-    for result, figures in zip(results, all_figures):
-        if not show_limit:
-            figures = replace(figures, limit_share=None)
-        remark = result.remark
-        if figures.hoist_outcome is HoistOutcome.NOTHING_TO_HOIST:
-            remark = HoistOutcome.NOTHING_TO_HOIST.value
-        row = asdict(result.case) | asdict(result.program) | asdict(figures)
-        row["peak_memory_bytes"] = result.peak_memory_bytes
-        row["remark"] = remark
-        if result.case.frozen_layers is not None:
-            row["problem"] += f", {result.case.frozen_layers} frozen"
-        if not result.case.donate:
-            row["method"] += ", not donated"
-        rows.append(row)
+    """Converts the results of a table to rows of the JSON file, with their ratios."""
+    by_case = {result.case: result for result in results}
+    rows = [row_of(result, by_case, card) for result in results]
+    # A table gives the limit for all rows that were timed, or for none.
+    if any(row["step_s"] and row["limit_share"] is None for row in rows):
+        for row in rows:
+            row["limit_share"] = None
     return rows
 
 
-def result_from(row: Row) -> Result:
-    """Restores the result of a row that was not timed."""
-    case = Case(**{part.name: row[part.name] for part in fields(Case)})
-    program = Program(**{part.name: row[part.name] for part in fields(Program)})
-    return Result(case, program, remark=row["remark"])
-
-
-def figures_of(
-    result: Result, results: Sequence[Result], card: Mapping[str, Any]
-) -> Figures:
+def row_of(
+    result: Result, by_case: Mapping[Case, Result], card: Mapping[str, Any]
+) -> Row:
+    """Converts a result to a row of the JSON file."""
     case, timing = result.case, result.timing
-    partition = find_result(results, replace(case, method="partition"))
-    outcome = hoist_outcome(result, partition)
+    row = {
+        **asdict(case),
+        **asdict(result.program),
+        **NOT_TIMED,
+        "label": label(case),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "remark": result.remark,
+    }
+    # The problem, the method and the update identify a row of a table.
+    if case.table == "prefix":
+        row["problem"] = f"{case.problem}, {case.frozen_layers} frozen"
+    if not case.donate:
+        row["method"] = f"{case.method}, not donated"
+    by_partition = by_case.get(replace(case, method="partition"))
+    if case.method == "hoist" and saves_no_work(result, by_partition):
+        row["remark"] = NOTHING_TO_HOIST
     if timing is None:
-        return Figures(hoist_outcome=outcome)
+        return row
 
-    speedup, differs = None, None
-    base = baseline(case, results)
-    if base is not None:
-        speedup = base.median / timing.median
-        differs = not timing.overlaps(base)
-
-    efficiency = None
-    if case.devices > 1 and case.layout == "replicated":
-        rows_alone = case.rows // case.devices
-        alone = find_result(results, replace(case, devices=1, rows=rows_alone))
-        if alone is not None and alone.timing is not None:
-            efficiency = alone.timing.median / timing.median
-
-    once_s, break_even = None, None
-    if result.once is not None:
-        once_s = result.once.median
-        if outcome is HoistOutcome.FASTER and partition and partition.timing:
-            break_even = once_s / (partition.timing.median - timing.median)
-
-    return Figures(
-        step_s=timing.median,
-        spread_s=timing.spread,
-        samples=timing.samples,
-        speedup=speedup,
-        differs=differs,
-        rows_per_s=case.rows / timing.median,
-        efficiency=efficiency,
-        limit_share=limit_share(result.program, timing, card),
-        once_s=once_s,
-        hoist_outcome=outcome,
-        break_even=break_even,
+    row["step_s"], row["spread_s"] = timing.median, timing.spread
+    row["samples"] = timing.samples
+    row["rows_per_s"] = case.rows / timing.median
+    row["limit_share"] = limit_share(result.program, timing, card)
+    baseline = by_case.get(
+        replace(case, method="everything", donate=True, frozen_layers=0)
     )
+    if baseline is not None and baseline.timing is not None:
+        row["speedup"] = baseline.timing.median / timing.median
+        row["differs"] = not timing.overlaps(baseline.timing)
+    alone = by_case.get(replace(case, devices=1, rows=case.rows // case.devices))
+    if case.devices > 1 and alone is not None and alone.timing is not None:
+        row["efficiency"] = alone.timing.median / timing.median
+    if result.once is not None:
+        row["once_s"] = result.once.median
+        if row["remark"] != NOTHING_TO_HOIST:
+            row["break_even"] = break_even(result.once, timing, by_partition)
+    return row
 
 
-def find_result(results: Sequence[Result], case: Case) -> Result | None:
-    for result in results:
-        if result.case == case:
-            return result
-    return None
-
-
-def baseline(case: Case, results: Sequence[Result]) -> Timing | None:
-    """Returns the timing of the comparable case that trains everything."""
-    for result in results:
-        other = result.case
-        same_update = (other.clip, other.optimizer) == (case.clip, case.optimizer)
-        same_place = (other.devices, other.layout) == (case.devices, case.layout)
-        if other.method == "everything" and same_update and same_place:
-            return result.timing
-    return None
-
-
-def hoist_outcome(hoist: Result, partition: Result | None) -> HoistOutcome | None:
-    if hoist.case.method != "hoist":
-        return None
-    if hoist.nothing_to_hoist:
-        return HoistOutcome.NOTHING_TO_HOIST
-    if partition is None:
-        return HoistOutcome.NOT_TIMED
-    if saves_no_work(hoist.program, partition.program):
-        return HoistOutcome.NOTHING_TO_HOIST
-    if hoist.timing is None or partition.timing is None:
-        return HoistOutcome.NOT_TIMED
-    if hoist.timing.overlaps(partition.timing):
-        return HoistOutcome.NO_DIFFERENCE
-    if hoist.timing.median > partition.timing.median:
-        return HoistOutcome.SLOWER
-    return HoistOutcome.FASTER
-
-
-def saves_no_work(hoist: Program, partition: Program) -> bool:
-    """Tells whether hoist's step has as many FLOPs as partition's."""
-    if hoist.flops_min is None or partition.flops_min is None:
+def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
+    """Returns whether hoist's step has as many FLOPs as partition's."""
+    if partitioned is None:
         return False
-    if hoist.flops_min < partition.flops_min:
+    mine, theirs = hoisted.program, partitioned.program
+    if mine.flops_min is None or theirs.flops_min is None:
         return False
-    if hoist.flops is None or partition.flops is None:
+    if mine.flops_min < theirs.flops_min:
+        return False
+    if mine.flops is None or theirs.flops is None:
         return True
-    return hoist.flops >= 0.99 * partition.flops
+    return mine.flops >= 0.99 * theirs.flops
+
+
+def break_even(
+    once: Timing, hoisted: Timing, partitioned: Result | None
+) -> float | None:
+    """Returns after how many epochs hoist has paid off; None if it is not faster."""
+    if partitioned is None or partitioned.timing is None:
+        return None
+    saved = partitioned.timing.median - hoisted.median
+    if saved <= 0 or hoisted.overlaps(partitioned.timing):
+        return None
+    return once.median / saved
 
 
 def limit_share(
     program: Program, timing: Timing, card: Mapping[str, Any]
 ) -> float | None:
-    """Returns the roofline bound as a fraction of the measured time."""
+    """Returns the shortest possible step time as a share of the measured time."""
     if program.flops_min is None or program.bytes_min is None:
         return None
     computing_s: float = program.flops_min / card["peak_flops"]
@@ -1848,61 +1887,46 @@ def limit_share(
 # ------------------------------------------------------------------------------- text
 WIDTH = 100
 NO_DIFFERENCE = "no difference seen"
+Column = tuple[str, list[str]]  # a title, and a cell for each row
 
 
 def table_text(title: str, rows: Sequence[Row]) -> str:
     """Formats a title, the non-empty columns, and notes."""
     timed = any(row["step_s"] for row in rows)
     on_devices = rows[0]["layout"] is not None
-    columns = {"method": [label(row) for row in rows]}
+    columns = [("method", [row["label"] for row in rows])]
     if on_devices:
-        columns["devices"] = [str(row["devices"]) for row in rows]
-        columns["layout"] = [row["layout"] for row in rows]
-    columns |= time_column(rows)
-    columns["speed-up"] = [speedup_text(row) for row in rows]
-    columns |= number_column("memory", rows, "memory_bytes", "B")
+        columns.append(("devices", [str(row["devices"]) for row in rows]))
+        columns.append(("layout", [row["layout"] for row in rows]))
+    columns.append(time_column(rows))
+    columns.append(("speed-up", [speedup_text(row) for row in rows]))
+    figures = [("memory", "memory_bytes", "B")]
     if on_devices:
-        columns |= number_column("sent", rows, "sent_bytes", "B")
-        columns |= percent_column("efficiency", rows, "efficiency")
+        figures += [("sent", "sent_bytes", "B"), ("efficiency", "efficiency", "%")]
     if not (on_devices and timed):  # they would not all fit on a line
-        columns |= percent_column("limit", rows, "limit_share")
-        columns |= number_column("", rows, "flops", "FLOP")
-        columns |= number_column("", rows, "rows_per_s", f" {rows[0]['unit']}/s")
+        items = f" {rows[0]['unit']}/s"
+        figures += [("limit", "limit_share", "%"), ("", "flops", "FLOP")]
+        figures.append(("", "rows_per_s", items))
+    for name, key, unit in figures:
+        columns.append(number_column(name, rows, key, unit))
 
-    lines = ["", title]
-    lines += aligned({name: cells for name, cells in columns.items() if any(cells)})
+    lines = ["", title, *aligned(columns)]
     for row in rows:
-        texts = [] if row["remark"] is None else [row["remark"]]
-        # The other updates repeat the notes of the first one.
+        notes = [] if row["remark"] is None else [row["remark"]]
+        # Rows with clipping or Adam would repeat these notes.
         if not row["clip"] and row["optimizer"] == rows[0]["optimizer"]:
-            texts += hoist_notes(row)
-        if texts:
-            note = f"  {label(row)}: {'; '.join(texts)}."
+            notes += hoist_notes(row)
+        if notes:
+            note = f"  {row['label']}: {'; '.join(notes)}."
             lines += textwrap.wrap(note, WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def label(row: Row) -> str:
-    """Names a row's method and its variant."""
-    words = [row["method"]]
-    if row["frozen_layers"] is not None:
-        words.append(f"{row['frozen_layers']} frozen")
-    if row["clip"] and row["method"] in METHODS:  # other libraries' names say it
-        words.append("clipped")
-    if row["optimizer"] != "sgd":
-        words.append("Adam" if row["optimizer"] == "adam" else row["optimizer"])
-    return ", ".join(words)
+def time_column(rows: Sequence[Row]) -> Column:
+    """Formats medians with three digits: 24.3 ± 0.3.
 
-
-def full_name(case: Case) -> str:
-    text = f"{case.problem}, {label(asdict(case))}"
-    if case.layout is not None:
-        text += f", {case.devices} x {case.platform}, {case.layout}"
-    return text
-
-
-def time_column(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Formats medians with three digits, and spreads as precisely: 24.3 ± 0.3."""
+    The spread has the same number of decimals.
+    """
     scale, prefix = si_prefix([row["step_s"] for row in rows])
     cells = []
     for row in rows:
@@ -1910,27 +1934,21 @@ def time_column(rows: Sequence[Row]) -> dict[str, list[str]]:
             cells.append("")
             continue
         median = three_digits(row["step_s"] / scale)
-        decimals = len(median.partition(".")[2])
-        cells.append(f"{median} ± {row['spread_s'] / scale:.{decimals}f}")
-    return {f"{prefix}s per step": cells}
+        _, _, decimals = median.partition(".")
+        spread = row["spread_s"] / scale
+        cells.append(f"{median} ± {spread:.{len(decimals)}f}")
+    return f"{prefix}s per step", cells
 
 
-def number_column(
-    title: str, rows: Sequence[Row], key: str, unit: str
-) -> dict[str, list[str]]:
+def number_column(title: str, rows: Sequence[Row], key: str, unit: str) -> Column:
     """Formats a column of plain numbers, with their unit in its title."""
     scale, prefix = si_prefix([row[key] for row in rows])
+    if unit == "%":
+        scale, prefix = 0.01, ""
     cells = []
     for row in rows:
         cells.append("" if row[key] is None else three_digits(row[key] / scale))
-    return {f"{title} {prefix}{unit}".strip(): cells}
-
-
-def percent_column(title: str, rows: Sequence[Row], key: str) -> dict[str, list[str]]:
-    cells = []
-    for row in rows:
-        cells.append("" if row[key] is None else f"{row[key]:.0%}")
-    return {title: cells}
+    return f"{title} {prefix}{unit}".strip(), cells
 
 
 def speedup_text(row: Row) -> str:
@@ -1968,40 +1986,44 @@ def si_prefix(values: Sequence[float | None]) -> tuple[float, str]:
 
 
 def three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+    if abs(value) >= 999.5:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".")
 
 
-def aligned(columns: Mapping[str, list[str]]) -> list[str]:
+def aligned(columns: Sequence[Column]) -> list[str]:
     """Returns the lines of a table: text left-aligned, numbers right-aligned."""
     padded = []
-    for title, cells in columns.items():
+    for title, cells in columns:
+        if not any(cells):
+            continue
         column = [title, *cells]
         width = max(len(cell) for cell in column)
         if title in ("method", "layout"):
             padded.append([cell.ljust(width) for cell in column])
         else:
             padded.append([cell.rjust(width) for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*padded)]
+    return ["  ".join(line).rstrip() for line in zip(*padded)]
 
 
 def hoist_notes(row: Row) -> list[str]:
     """Describes the cost of hoist's features."""
-    if row["once_s"] is None:
+    if row["once_s"] is None or row["remark"] == NOTHING_TO_HOIST:
         return []
-    if row["hoist_outcome"] == HoistOutcome.NOTHING_TO_HOIST:
-        return []
-    costs = []
-    for epochs in (1, 3, 10):
-        costs.append(quantity(row["step_s"] + row["once_s"] / epochs, "s"))
-    including = f"including feature computation: {', '.join(costs)} per step"
-    texts = [f"{including} over 1, 3, 10 epochs"]
+    one, three, ten = (
+        quantity(row["step_s"] + row["once_s"] / epochs, "s") for epochs in (1, 3, 10)
+    )
+    notes = [
+        f"with feature computation included: {one} per step over 1 epoch, "
+        f"{three} over 3, {ten} over 10"
+    ]
     if row["break_even"] is not None:
-        texts.append(f"pays off after {row['break_even']:.1f} epochs")
-    texts.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
+        notes.append(f"pays off after {row['break_even']:.1f} epochs")
+    notes.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
     if row["unused_bytes"]:
         unused = quantity(row["unused_bytes"], "B")
-        texts.append(f"{unused} of weights are no longer read and can be freed")
-    return texts
+        notes.append(f"{unused} of arguments are no longer read and can be freed")
+    return notes
 
 
 def describe(problem: Problem) -> str:
@@ -2012,7 +2034,7 @@ def describe(problem: Problem) -> str:
     text = f"{problem.name}: train {patterns}"
     if problem.sizes:
         text += f" of {sizes_text(problem.sizes)}"
-    text += f", batch {problem.rows}"
+    text += f", batch {problem.batch_rows}"
     if problem.tokens is not None:
         text += f" x {problem.tokens} tokens"
     if not problem.sizes:
@@ -2032,17 +2054,12 @@ def sizes_text(sizes: Sequence[int]) -> str:
 
 def card_text(card: Mapping[str, Any]) -> str:
     text = (
-        f"{card['date']}: jax {card['jax']}, jaxlib {card['jaxlib']}, "
-        f"numpy {card['numpy']}, Python {card['python']}; {card['device_count']} x "
+        f"{card['date']}: jax {card['jax']}; {card['device_count']} x "
         f"{card['device_kind']} ({card['platform']}); {card['cpu']}; {card['dtype']}"
     )
     if card["peak_flops"] is not None:
         flops = quantity(card["peak_flops"], "FLOP/s")
         text += f"; peak {flops}, {quantity(card['peak_bytes_per_s'], 'B/s')}"
-    if card["commit"] is not None:
-        text += f"; commit {card['commit'][:10]}"
-        if not card["clean"]:
-            text += " (uncommitted changes)"
     return textwrap.fill(text, WIDTH)
 
 
@@ -2051,11 +2068,13 @@ def legend(options: Namespace) -> str:
     lines = []
     if not options.compile_only:
         lines.append(
-            "Times are median ± median absolute deviation. Speed-ups are relative to "
-            f'the everything row; "{NO_DIFFERENCE}" means that the intervals overlap. '
-            "Limit is the roofline bound (matrix products, or reading the arguments "
-            "and writing the trainables, at measured peak rates) as a share of the "
-            "step time."
+            "Before they are timed, all methods must take the same step; with another "
+            "optimizer, their steps are compared by SGD. Times are median ± median "
+            "absolute deviation. Speed-ups are relative to the everything row; "
+            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is the '
+            "shortest possible step time as a share of the measured time. It assumes "
+            "the measured peak rates and counts only matrix products or mandatory "
+            "memory traffic, whichever takes longer."
         )
     lines.append(
         "Memory is per device: parameters, optimizer state, batch, results, temporary "
@@ -2063,9 +2082,9 @@ def legend(options: Namespace) -> str:
     )
     if "devices" in options.tables:
         lines.append(
-            "Sent is the traffic of each device in a ring, according to the compiled "
-            "program. (XLA's CPU backend sums bfloat16 in float32, so it sends twice "
-            "as many bytes as TPUs.)"
+            "Sent is what each device sends per step, derived from the compiled "
+            "program and assuming ring collectives. (XLA's CPU backend sums bfloat16 "
+            "in float32, so bfloat16 traffic appears twice as large as on a TPU.)"
         )
     lines += options_without_effect(options)
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
@@ -2074,17 +2093,13 @@ def legend(options: Namespace) -> str:
 # ------------------------------------------------------------------------- the answer
 def answer(tables: Sequence[Sequence[Row]]) -> str:
     """Returns the conclusion, in a few sentences."""
+    last_rows = {rows[0]["table"]: rows for rows in tables}  # of each kind of table
     lines = []
-    methods = [rows for rows in tables if rows[0]["table"] == "methods"]
-    if methods:
-        lines.append(answer_methods(methods[-1]))
-    devices = [rows for rows in tables if rows[0]["table"] == "devices"]
-    if devices:
-        lines.append(answer_devices(devices[-1]))
+    if "methods" in last_rows:
+        lines.append(answer_methods(last_rows["methods"]))
+    if "devices" in last_rows:
+        lines.append(answer_devices(last_rows["devices"]))
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines if line)
-
-
-ORDINALS = ("first", "second", "third")
 
 
 def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
@@ -2097,28 +2112,31 @@ def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
 
 def answer_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
-    part = find(rows, method="partition", optimizer=optimizer, clip=False)
-    sentences = [f"{problem}: {answer_partition(part)}"]
+    partition_row = find(rows, method="partition", optimizer=optimizer, clip=False)
+    sentences = [f"{problem}: {answer_partition(partition_row)}"]
 
-    with_adam = find(rows, method="partition", optimizer="adam", clip=False)
-    all_with_adam = find(rows, method="everything", optimizer="adam", clip=False)
-    if with_adam is not None and all_with_adam is not None:
-        part_bytes, all_bytes = with_adam["memory_bytes"], all_with_adam["memory_bytes"]
-        if part_bytes is not None and all_bytes is not None and part_bytes < all_bytes:
+    adam_all = find(rows, method="everything", optimizer="adam", clip=False)
+    adam_part = find(rows, method="partition", optimizer="adam", clip=False)
+    if adam_all is not None and adam_part is not None:
+        all_bytes, part_bytes = adam_all["memory_bytes"], adam_part["memory_bytes"]
+        if all_bytes is not None and part_bytes is not None and part_bytes < all_bytes:
             saved = quantity(all_bytes - part_bytes, "B")
             sentences.append(f"With Adam, partition needs {saved} less memory.")
 
-    hoist = find(rows, method="hoist", optimizer=optimizer, clip=False)
-    if hoist is not None:
-        sentences.append(answer_hoist(hoist, part))
+    hoist_row = find(rows, method="hoist", optimizer=optimizer, clip=False)
+    if hoist_row is not None:
+        sentences.append(answer_hoist(hoist_row, partition_row))
     return " ".join(sentences)
 
 
 def answer_partition(row: Row | None) -> str:
     if row is None or row["speedup"] is None:
-        return "no comparison: everything or partition was not timed."
+        return (
+            "partition could not be compared with training everything because one of "
+            "them was not timed."
+        )
     if not row["differs"]:
-        return f"{NO_DIFFERENCE} between partition and training everything."
+        return "partition was not measurably faster or slower than training everything."
     if row["speedup"] < 1:
         slowdown = times(1 / row["speedup"])
         return f"train everything; partition is {slowdown} slower."
@@ -2126,124 +2144,72 @@ def answer_partition(row: Row | None) -> str:
     return f"use partition, which is {speedup} faster than training everything."
 
 
-def answer_hoist(hoist: Row, partition: Row | None) -> str:
-    outcome = hoist["hoist_outcome"]
-    if outcome == HoistOutcome.NOTHING_TO_HOIST:
+def answer_hoist(row: Row, partition_row: Row | None) -> str:
+    if row["remark"] == NOTHING_TO_HOIST:
         return "There is nothing to hoist."
-    if partition is None or outcome == HoistOutcome.NOT_TIMED:
-        return "No comparison of hoist with partition: one of them was not timed."
-    if outcome == HoistOutcome.NO_DIFFERENCE:
-        return f"Even if batches repeat, {NO_DIFFERENCE} between hoist and partition."
-    ratio = partition["step_s"] / hoist["step_s"]
-    if outcome == HoistOutcome.SLOWER:
+    if not row["samples"] or partition_row is None or not partition_row["samples"]:
+        return (
+            "hoist could not be compared with partition because one of them was not "
+            "timed."
+        )
+    if Timing(row["samples"]).overlaps(Timing(partition_row["samples"])):
+        return (
+            "Even if batches repeat, hoist was not measurably faster or slower than "
+            "partition."
+        )
+    ratio = partition_row["step_s"] / row["step_s"]
+    if ratio < 1:
         slowdown = times(1 / ratio)
         return f"Do not use hoist: its step is {slowdown} slower than partition's."
-    full_epochs = math.floor(hoist["break_even"])  # in which it has not paid off
-    when = f"after {full_epochs} epochs"
-    if full_epochs < len(ORDINALS):
-        when = f"from the {ORDINALS[full_epochs]} epoch on"
+    # If it takes 1.2 epochs to break even, hoist gains from the second epoch on.
+    unprofitable = math.floor(row["break_even"])
+    when = f"after {unprofitable} epochs"
+    if unprofitable < 3:
+        ordinal = ("first", "second", "third")[unprofitable]
+        when = f"from the {ordinal} epoch on"
     return (
         f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
-        f"partition; computing the features first pays off {when}, for "
-        f"{quantity(hoist['kept_bytes'], 'B')} per batch."
+        f"partition; computing the features up front pays off {when}, and storing "
+        f"them takes {quantity(row['kept_bytes'], 'B')} per batch."
     )
 
 
 def answer_devices(rows: Sequence[Row]) -> str:
-    last = rows[-1]
-    where = {"devices": last["devices"], "layout": last["layout"]}
-    part = find(rows, method="partition", **where)
-    whole = find(rows, method="everything", **where)
-    if last["devices"] == 1 or part is None or whole is None:
+    sending = [row for row in rows if row["sent_bytes"]]
+    if not sending:
         return ""
-    if part["sent_bytes"] is None or whole["sent_bytes"] is None:
+    devices, layout = sending[-1]["devices"], sending[-1]["layout"]
+    partition_row = find(sending, method="partition", devices=devices, layout=layout)
+    everything_row = find(sending, method="everything", devices=devices, layout=layout)
+    if partition_row is None or everything_row is None:
         return ""
-    how = last["layout"]
-    if last["simulated"]:
-        how += ", as compiled"
+    if partition_row["simulated"]:
+        layout += ", as compiled"
     return (
-        f"{last['problem']}: each of {last['devices']} devices ({how}) "
-        f"sends {quantity(part['sent_bytes'], 'B')} per step with partition, and "
-        f"{quantity(whole['sent_bytes'], 'B')} with everything."
+        f"{partition_row['problem']}: each of {devices} devices ({layout}) sends "
+        f"{quantity(partition_row['sent_bytes'], 'B')} per step with partition, and "
+        f"{quantity(everything_row['sent_bytes'], 'B')} when training everything."
     )
 
 
-# ------------------------------------------------------------------------------ files
-def write_files(report: Report) -> None:
-    """Writes the JSON file and the plot, if they were asked for."""
-    options = report.options
-    if options.json is not None:
-        rows: list[Row] = []
-        for table in report.tables:
-            rows += table.rows
-        results = {
-            "card": report.card,
-            "complete": report.ended == "complete",
-            "ended": report.ended,
-            "rows": rows,
-        }
-        text = json.dumps(results, indent=1) + "\n"
-        write_atomically(options.json, lambda file: file.write_text(text, "utf-8"))
-    if options.plot is not None and tables_to_draw(report):
-        write_atomically(options.plot, partial(draw, report))
-
-
-def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes to a temporary file in the same directory, then renames it.
-
-    Readers never see a partial file.
-    """
-    with TemporaryDirectory(dir=file.resolve().parent) as folder:
-        temporary = Path(folder, file.name)
-        write(temporary)
-        temporary.replace(file.resolve())
-
-
-def check_files(options: Namespace) -> None:
-    """Raises an error if a file could not be written at the end."""
-    if options.json is not None:
-        check_writable(options.json, Path.touch)
-    if options.plot is not None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            command = "uv run --with matplotlib bench.py ..."
-            raise ValueError(f"--plot needs matplotlib: {command}") from error
-        check_writable(options.plot, Figure().savefig)
-
-
-def check_writable(file: Path, write: Callable[[Path], Any]) -> None:
-    with TemporaryDirectory(dir=file.resolve().parent) as folder:
-        write(Path(folder, file.name))
-
-
-def tables_to_draw(report: Report) -> dict[str, TableRows]:
-    """Returns the timed rows of the prefix table and of the last methods table."""
-    found = {}
-    for table in report.tables:
-        timed = [row for row in table.rows if row["step_s"] is not None]
-        if timed and timed[0]["table"] in ("methods", "prefix"):
-            title = table.title.partition("\n")[0]
-            found[timed[0]["table"]] = TableRows(title, timed)
-    return found
-
-
-def draw(report: Report, file: Path) -> None:
+# --------------------------------------------------------------------------- the plot
+def draw(
+    card: Mapping[str, Any], tables: Mapping[str, tuple[str, Sequence[Row]]]
+) -> Any:
     """Draws the time per step by frozen layers and by method, with its spread."""
     from matplotlib.figure import Figure
 
-    card, tables = report.card, tables_to_draw(report)
     figure = Figure(figsize=(7 * len(tables), 4.8), layout="constrained", dpi=150)
     machine = card["cpu"] if card["platform"] == "cpu" else card["device_kind"]
     figure.suptitle(f"{machine}, {card['dtype']}, jax {card['jax']}, {card['date']}")
     all_axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axes, (name, table) in zip(all_axes, tables.items()):
-        axes.set_title(table.title, fontsize="medium")
+    for axes, (name, (title, rows)) in zip(all_axes, tables.items()):
+        axes.set_title(title, fontsize="medium")
         if name == "prefix":
-            draw_prefix(axes, table.rows)
+            draw_prefix(axes, rows)
         else:
-            draw_methods(axes, table.rows)
-    figure.savefig(file)
+            draw_methods(axes, rows)
+    return figure
 
 
 def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
@@ -2252,8 +2218,7 @@ def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
     for method in ("partition", "hoist"):
         shown = [row for row in rows if row["method"] in ("everything", method)]
         frozen = [row["frozen_layers"] for row in shown]
-        medians_ms = [1e3 * row["step_s"] for row in shown]
-        spreads_ms = [1e3 * row["spread_s"] for row in shown]
+        medians_ms, spreads_ms = milliseconds(shown)
         axes.errorbar(
             frozen, medians_ms, spreads_ms, marker="o", capsize=3, label=method
         )
@@ -2266,13 +2231,19 @@ def draw_prefix(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_methods(axes: Any, rows: Sequence[Row]) -> None:
-    medians_ms = [1e3 * row["step_s"] for row in rows]
-    spreads_ms = [1e3 * row["spread_s"] for row in rows]
-    names = [label(row) for row in rows]
+    medians_ms, spreads_ms = milliseconds(rows)
+    names = [row["label"] for row in rows]
     axes.barh(names, medians_ms, xerr=spreads_ms, capsize=3)
     axes.invert_yaxis()
     axes.set(xlabel="ms per step", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
+
+
+def milliseconds(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Returns the medians and the spreads."""
+    medians = [1e3 * row["step_s"] for row in rows]
+    spreads = [1e3 * row["spread_s"] for row in rows]
+    return medians, spreads
 
 
 if __name__ == "__main__":

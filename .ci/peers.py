@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -353,38 +353,36 @@ CLIPPED_FORMS: dict[str, Callable[[bench.Problem], bench.Step]] = {
     "optax, clip inside": partial(optax, clip="inside"),
     "optax, clip outside": partial(optax, clip="outside"),
 }
-CLIP_BY_NORM_OF_ALL = ("everything", "optax, clip outside")
+CLIP_BY_NORM_OF_ALL = ("optax, clip outside",)
 
 
-def peers_table(
-    options: Namespace, problems: Sequence[bench.Problem]
-) -> Iterator[bench.Table]:
+def peers_table(options: Namespace, problems: Sequence[bench.Problem]) -> bench.Tables:
     """One SGD step in other libraries, and in minifreeze."""
     for problem in problems:
         if not problem.sizes:
             raise ValueError("--peers compares MLPs only; omit --model or --peers")
         problem = bench.place(problem, jax.local_devices()[:1])
-        plain = bench.first_case("peers", problem, options)
+        plain = bench.baseline_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
-        builds: dict[bench.Case, bench.Build] = {}
+        cases = []
         for clip in (False, True):
             for method in ("everything", "partition"):
-                case = replace(plain, method=method, clip=clip)
-                builds[case] = partial(bench.build_step, problem)
-        for name, form in FORMS.items():
-            case = replace(plain, method=name)
-            builds[case] = partial(build_peer, form, problem)
-        for name, form in CLIPPED_FORMS.items():
-            case = replace(plain, method=name, clip=True)
-            builds[case] = partial(build_peer, form, problem)
+                cases.append(replace(plain, method=method, clip=clip))
+        for name in FORMS:
+            cases.append(replace(plain, method=name))
+        for name in CLIPPED_FORMS:
+            cases.append(replace(plain, method=name, clip=True))
         title = f"{bench.describe(problem)}, in other libraries"
-        yield bench.Table(title, bench.measure(builds, options))
+        yield title, bench.measure(cases, partial(build, problem), options)
 
 
-def build_peer(form: Function, problem: bench.Problem, case: bench.Case) -> bench.Step:
+def build(problem: bench.Problem, case: bench.Case) -> bench.Step:
     """Builds a step; raises ImportError if the library does not offer the form."""
+    if case.method in bench.METHODS:
+        return bench.build_step(problem, case)
+    forms = CLIPPED_FORMS if case.clip else FORMS
     try:
-        step: bench.Step = form(problem)
+        step = forms[case.method](problem)
         bench.run_calls(step, step.init(), 1)
     except (AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
