@@ -3182,7 +3182,7 @@ def best_to_keep(program: Program, nbytes: list[int]) -> tuple[int, ...]:
     return best
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1))
 @given(random_programs())
 def test_property_hoist_keeps_a_minimum_cut(program: Program) -> None:
     note(listing(program))
@@ -3198,8 +3198,7 @@ def test_property_hoist_keeps_a_minimum_cut(program: Program) -> None:
     best = best_to_keep(program, [value.nbytes for value in values])
     assert_close(sorted_arrays(kept), sorted_arrays(values[i] for i in best), 1e-5)
 
-    hoisted = gradient_and_outputs(rest, t, f, kept)
-    assert_close(hoisted, gradient_and_outputs(program, t, f, *batch), 1e-5)
+    assert_close(rest(t, f, kept), program(t, f, *batch), 1e-5)
 
 
 # ......................................................... property: value and gradient
@@ -3432,13 +3431,13 @@ def assert_hoist_preserves(program: MatrixProgram) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=name_of)
 def test_hoist_preserves_value_and_gradient_of(operation: Any) -> None:
-    """Tries the operation alone and in each call, on early and on late values."""
+    """Tries the operation alone and in each call, on early and late values in turn."""
     t, x, y = 0, 2, 3
     steps = []
-    for call in [None, *CALLS]:
-        steps.append(MatrixStep(operation, (x, y), call))
-        early = FIRST_MATRIX_STEP + len(steps) - 1
-        steps.append(MatrixStep(operation, (t, early), call))
+    for number, call in enumerate([None, *CALLS], start=OPERATIONS.index(operation)):
+        is_early = number % 2 == 0
+        inputs = (x, y) if is_early else (t, x)
+        steps.append(MatrixStep(operation, inputs, call))
     assert_hoist_preserves(MatrixProgram(tuple(steps)))
 
 
