@@ -46,6 +46,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -67,9 +68,9 @@ Tree = Any  # a pytree of arrays, or of their shapes
 Function = Callable[..., Any]
 Key = TypeVar("Key", bound=Hashable)
 
-SAMPLE_S = 0.05  # minimum length of a sample; most last one to two times this
+SAMPLE_S = 0.05  # minimum duration of a sample; most take up to twice as long
 MAX_CALLS = 10_000  # per sample
-PEAK_VECTOR_BYTES = 2**28  # larger than any CPU or GPU cache
+PEAK_VECTOR_BYTES = 2**28  # larger than the caches of most CPUs and GPUs
 
 
 # ------------------------------------------------------------------- what is measured
@@ -79,7 +80,7 @@ class Case:
 
     table: str
     problem: str
-    method: str  # one of METHODS, or the name of another library's variant
+    method: str  # one of METHODS, "loop", "scan", or another library's variant
     clip: bool = False  # clip the gradients by their global norm
     optimizer: str = "sgd"
     donate: bool = True  # let the step overwrite its input state
@@ -105,7 +106,9 @@ class Step:
     steps: int = 1  # training steps per call of fn
     same_step_group: str = ""  # steps in one group must produce the same update
     get_params: Function = lambda state: state  # extracts the parameters to compare
-    features: Step | None = None  # computes hoist's features, once per batch
+    # How hoist computes its features: the intermediate values that depend only on
+    # frozen parameters and the batch.
+    features: Step | None = None
     remark: str | None = None
     trainable_bytes: int | None = None  # per device
     written_bytes: int | None = None  # trainables + optimizer state, per device
@@ -127,7 +130,12 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def overlaps(self, other: Timing) -> bool:
-        """Returns whether the intervals median ± spread overlap."""
+        """Returns whether the intervals median ± spread overlap.
+
+        Fewer than three samples have no meaningful spread, so they always do.
+        """
+        if min(len(self.samples), len(other.samples)) < 3:
+            return True
         return abs(self.median - other.median) <= self.spread + other.spread
 
 
@@ -148,7 +156,7 @@ class Problem:
     """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects.
 
     The loss must be a mean over the rows of the batch. On n devices, the one-device
-    batch is repeated n times, so the update must stay the same.
+    batch is repeated n times, so a correct step produces the same update.
     """
 
     name: str
@@ -159,14 +167,14 @@ class Problem:
     batch_rows: int  # on one device
     tokens: int | None = None  # per row, if the batch is token ids
     sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
-    optimizer: Any = None  # of optax, if your own model has one
+    optimizer: Any = None  # the optax optimizer that your own model returned, if any
     devices: Sequence[jax.Device] = ()  # where place() has put it
     sharded: bool = False  # each parameter is split over the devices
 
 
 # ----------------------------------------------------------------- the ways to freeze
 class Gradients(NamedTuple):
-    """How a method computes gradients: ``fn(params, *args)`` is ``(loss, grads)``.
+    """How a method computes gradients: ``fn(params, *args)`` returns (loss, grads).
 
     ``params`` are the parameters that are differentiated and updated. Arrays are
     passed in ``args`` rather than closed over, because XLA would embed them as
@@ -268,6 +276,7 @@ def build_step(problem: Problem, case: Case) -> Step:
         params, moments = optimizer.update(params, grads, moments)
         return (params, moments), loss
 
+    # Keep each output where its input was, or XLA may choose another layout.
     shapes = new_state(problem, optimizer, shapes_of(gradients.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
@@ -291,11 +300,12 @@ def build_step(problem: Problem, case: Case) -> Step:
     )
 
 
-# -------------------------------------------------------- all must take the same step
+# -------------------------------------------------- do all methods take the same step?
 def check_same_step(steps: Mapping[Case, Step]) -> None:
     """Raises FloatingPointError unless all cases in a group take the same step.
 
-    Frozen parameters (absent from the group's first case) must not change at all.
+    The first case of a group is the reference. A parameter that it lacks is frozen and
+    must not change.
     """
     references: dict[str, tuple[Case, Arrays]] = {}
     for case, step in steps.items():
@@ -308,12 +318,9 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
 
         references.setdefault(step.same_step_group, (case, after))
         reference, expected = references[step.same_step_group]
-        for path, leaf in after.items():
-            # A parameter that is absent from the reference is frozen.
-            mismatch = deviation(before[path], leaf, expected.get(path))
-            if mismatch is None:
-                continue
-            message = f"{full_name(case)}: {leaf_name(path)!r} {mismatch}"
+        mismatch = find_mismatch(before, after, expected)
+        if mismatch is not None:
+            message = f"{full_name(case)}: {mismatch}"
             message += f" (reference: {full_name(reference)})"
             if case.devices != reference.devices:
                 message += "; the loss must be a mean over the rows of the batch"
@@ -329,11 +336,12 @@ def run_calls(step: Step, state: Tree, calls: int) -> tuple[Tree, float]:
         state, loss = step.fn(state, *step.args)
     jax.block_until_ready((state, loss))
     seconds = time.perf_counter() - start
-    return state, from_first_process(seconds)  # every process uses process 0's timing
+    # Every process of a cluster uses the time of process 0.
+    return state, from_first_process(seconds)
 
 
 def calibrate(step: Step) -> int:
-    """Returns how many calls last SAMPLE_S. These timings are discarded."""
+    """Returns the number of calls that take at least SAMPLE_S. Reports no timings."""
     state, _ = run_calls(step, step.init(), 1)  # warm-up
     calls = 1
     while calls < MAX_CALLS:
@@ -348,7 +356,7 @@ def calibrate(step: Step) -> int:
 
 def sample(step: Step, calls: int) -> float:
     """Returns the seconds per training step, measured over a number of calls."""
-    # Untimed warm-up: the previous case may have evicted this case's arrays.
+    # Untimed warm-up: the previous case may have evicted our arrays from the caches.
     state, _ = run_calls(step, step.init(), 1)
     gc.disable()  # as timeit does
     try:
@@ -361,8 +369,8 @@ def sample(step: Step, calls: int) -> float:
 def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]:
     """Times each step once per round, in a new random order each round.
 
-    The number of calls per sample is fixed before the first sample. On Ctrl-C, the
-    finished rounds count, if there are any.
+    The number of calls per sample is fixed before the first sample. On Ctrl-C, this
+    returns the finished rounds, or re-raises if there are none.
     """
     calls = {key: calibrate(step) for key, step in steps.items()}
     keys = list(steps)
@@ -403,26 +411,28 @@ def measure(
             if not case.simulated:
                 run_calls(step, step.init(), 1)  # check that it fits in memory
         except Exception as error:
-            remarks[case] = expected_failure(error, case)
-            if remarks[case] is None:
+            remark = expected_failure(error, case)
+            if remark is None:
                 raise
+            remarks[case] = remark
         else:
             steps[case], remarks[case] = step, step.remark
 
-    timings: dict[Case, Timing] = {}
+    timings: dict[tuple[Case, str], Timing] = {}
     if not any(case.simulated for case in cases):
         to_check: dict[Case, Step] = {}
-        to_time = dict(steps)
+        to_time: dict[tuple[Case, str], Step] = {}
         for case, step in steps.items():
-            # Compare updates by SGD: the first step of Adam is nearly the sign of the
-            # gradient, which rounding can flip.
+            # Compare SGD updates: Adam's first update is nearly the sign of the
+            # gradient, and rounding can flip a sign.
             by_sgd = replace(case, optimizer="sgd")
             if by_sgd in steps:
                 to_check[by_sgd] = steps[by_sgd]
             else:
                 to_check[by_sgd] = build(by_sgd)
+            to_time[case, "step"] = step
             if step.features is not None:
-                to_time[features_of(case)] = step.features
+                to_time[case, "features"] = step.features
         check_same_step(to_check)
         timings = time_rounds(to_time, options.rounds)
 
@@ -431,8 +441,8 @@ def measure(
         result = Result(
             case,
             program=programs.get(case, Program()),
-            timing=timings.get(case),
-            once=timings.get(features_of(case)),
+            timing=timings.get((case, "step")),
+            once=timings.get((case, "features")),
             peak_memory_bytes=peak_memory_bytes(),
             remark=remarks[case],
         )
@@ -443,22 +453,22 @@ def measure(
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step per method.
 
-    The last problem is also run with clipping, with Adam, and without donation.
+    Without an optimizer of your own, the last problem is also run with clipping, with
+    Adam, and without donation.
     """
     for problem in problems:
         baseline = baseline_case("methods", problem, options)
-        cases = [replace(baseline, method=method) for method in METHODS]
-        if problem.optimizer is not None:
-            # The other methods also pass it the frozen parameters, and an optimizer
-            # may update every parameter it receives, for example by weight decay.
-            cases = [replace(baseline, method=method) for method in MAIN_METHODS]
-        elif problem is problems[-1]:
+        # With your own optimizer, the other methods pass it the frozen parameters, too,
+        # and it may update every parameter it receives, for example by weight decay.
+        methods = METHODS if problem.optimizer is None else MAIN_METHODS
+        cases = [replace(baseline, method=method) for method in methods]
+        if problem.optimizer is None and problem is problems[-1]:
             cases.append(replace(baseline, method="stop_gradient", donate=False))
-            clipped = replace(baseline, clip=True)
-            with_adam = replace(baseline, optimizer="adam")
-            cases += [replace(clipped, method=method) for method in METHODS]
-            if baseline.optimizer == "sgd":
-                cases += [replace(with_adam, method=method) for method in MAIN_METHODS]
+            for method in METHODS:
+                cases.append(replace(baseline, method=method, clip=True))
+            if baseline.optimizer != "adam":
+                for method in MAIN_METHODS:
+                    cases.append(replace(baseline, method=method, optimizer="adam"))
         placed = place(problem, jax.local_devices()[:1])
         yield describe(problem), measure(cases, partial(build_step, placed), options)
 
@@ -467,7 +477,10 @@ def run(argv: Sequence[str] | None, report: Report) -> None:
     """Measures and prints each table that the options ask for."""
     options = report.options = parse(argv)
     problems = set_up(options)
-    report.card = describe_machine(options)
+    dtype = dtype_of(problems[-1].params)
+    report.card = describe_machine(options, dtype)
+    if not options.compile_only:
+        report.card |= measure_peaks(dtype)
     report.stop_if_interrupted()
     print_now(card_text(report.card))
     print_now(legend(options))
@@ -622,8 +635,8 @@ NOTHING_TO_HOIST = "nothing to hoist"
 def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
     """Returns the step that computes hoist's features.
 
-    Its state is the previous call's features. They are not used, but each call has to
-    wait for them.
+    Its state is the previous call's features. They are passed in only so that each call
+    waits for the one before it.
     """
 
     def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
@@ -633,20 +646,15 @@ def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Ste
     return Step(compute, init=lambda: jax.tree.map(jnp.copy, features), args=args)
 
 
-def features_of(case: Case) -> Case:
-    """Returns the case that stands for computing the features of a hoist case."""
-    return replace(case, method=f"features of {case.method}")
-
-
 def hoist_remark(
     caught: Sequence[warnings.WarningMessage], once_jaxpr: Any
 ) -> str | None:
-    """Returns a remark on the features, and shows the warnings of your own model."""
+    """Returns a remark on the features; re-issues the warnings of your own model."""
     remark = None
     if "random_bits[" in str(once_jaxpr):
         remark = "random numbers are drawn once per batch and reused in every epoch"
     for warning in caught:
-        if str(warning.message).startswith("hoist"):
+        if str(warning.message).startswith("hoist found nothing"):
             remark = NOTHING_TO_HOIST
         else:
             warnings.warn_explicit(
@@ -655,13 +663,32 @@ def hoist_remark(
     return remark
 
 
+def find_mismatch(before: Arrays, after: Arrays, expected: Arrays) -> str | None:
+    """Describes how a step differs from the expected one; None if it does not.
+
+    The parameters may differ by rounding. In bfloat16, that can be more than a whole
+    update. So together, they must also have moved at least half the expected way.
+    """
+    moved, expected_to_move = 0.0, 0.0
+    for path, leaf in after.items():
+        mismatch = deviation(before[path], leaf, expected.get(path))
+        if mismatch is not None:
+            return f"{leaf_name(path)!r} {mismatch}"
+        if path in expected:
+            start = np.float32(before[path])
+            expected_update = np.float32(expected[path]) - start
+            moved += float(np.vdot(np.float32(leaf) - start, expected_update))
+            expected_to_move += float(np.vdot(expected_update, expected_update))
+    if moved < 0.5 * expected_to_move:
+        return f"the update is only {moved / expected_to_move:.0%} of the expected one"
+    return None
+
+
 def deviation(before: Any, got: Any, expected: Any) -> str | None:
     """Describes how a parameter differs from its expected value after a step.
 
-    The tolerance is the sum of two parts: 1% of the largest change (8 ulps if that is
-    more), because GPUs use TF32 for float32 products, and 4 ulps of the largest value.
-    A frozen parameter, without an expected value, must not change at all. Returns None
-    if the parameter is as expected.
+    Returns None if it differs only by rounding. A parameter without an expected value
+    is frozen and must not change.
     """
     finfo: Any = jnp.finfo  # it has no type annotations
     eps = float(finfo(got.dtype).eps)
@@ -673,7 +700,9 @@ def deviation(before: Any, got: Any, expected: Any) -> str | None:
     error = np.abs(got - expected).max(initial=0)
     largest_change = np.abs(expected - before).max(initial=0)
     largest_value = np.abs(before).max(initial=0)
-    tolerance = max(0.01, 8 * eps) * largest_change + 4 * eps * largest_value
+    rounding_of_update = max(0.01, 8 * eps) * largest_change  # GPUs multiply in TF32
+    rounding_of_value = 4 * eps * largest_value
+    tolerance = rounding_of_update + rounding_of_value
     if error > tolerance:
         return f"is off by {error:.3g} (tolerance {tolerance:.3g})"
     return None
@@ -703,7 +732,7 @@ def expected_failure(error: Exception, case: Case) -> str | None:
         return None
     if case.simulated:
         return "out of memory"
-    return "out of memory beside the other methods of this table"
+    return "out of memory; the other methods of this table were also loaded"
 
 
 def peak_memory_bytes() -> int | None:
@@ -719,7 +748,7 @@ def label(case: Case) -> str:
         words.append("not donated")
     if case.frozen_layers:
         words.append(f"{case.frozen_layers} frozen")
-    if case.clip and case.method in METHODS:  # other libraries' names say it
+    if case.clip and case.method in METHODS:  # other libraries' names say so
         words.append("clipped")
     if case.optimizer != "sgd":
         words.append("Adam" if case.optimizer == "adam" else case.optimizer)
@@ -763,7 +792,7 @@ class Program:
     trainable_bytes: int | None = None
     kept_bytes: int | None = None  # hoist's features of one batch
     collective_bytes: int | None = None  # results of the collectives
-    sent_bytes: int | None = None  # by one device for them, assuming ring algorithms
+    sent_bytes: int | None = None  # by one device for the collectives, assuming rings
 
 
 def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
@@ -880,7 +909,8 @@ def convolution_products(eqn: Any) -> int:
     in_channels_per_group = kernel[kernel_spec[1]]
     count = batch * out_channels * in_channels_per_group
     for axis in range(len(image) - 2):
-        # A convolution of ones counts the taps that meet a pixel.
+        # If image and kernel are all ones, each output is the number of kernel taps
+        # that fall inside the image.
         taps = jax.lax.conv_general_dilated(
             jnp.ones((1, 1, image[image_spec[2 + axis]])),
             jnp.ones((1, 1, kernel[kernel_spec[2 + axis]])),
@@ -889,7 +919,7 @@ def convolution_products(eqn: Any) -> int:
             lhs_dilation=[eqn.params["lhs_dilation"][axis]],
             rhs_dilation=[eqn.params["rhs_dilation"][axis]],
         )
-        count *= int(taps.sum())
+        count *= int(np.asarray(taps, np.int64).sum())
     return int(count)
 
 
@@ -951,7 +981,7 @@ def place(
 
     Args:
         problem: with arrays or shapes.
-        devices: they share the rows of the batch.
+        devices: the devices among which the rows are divided.
         sharded: also shard each parameter along its first evenly divisible axis.
             Otherwise each device stores all parameters.
         abstract: return shapes with shardings instead of arrays.
@@ -1004,7 +1034,7 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def is_abstract(tree: Tree) -> bool:
-    """Returns whether a tree has shapes in the place of arrays."""
+    """Returns whether a tree has shapes in place of arrays."""
     return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
 
 
@@ -1029,7 +1059,7 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
     def build(case: Case) -> Step:
         used = devices[: case.devices]
-        if case.devices == 1:
+        if case.devices == 1 and not case.simulated:
             used = jax.local_devices()[:1]  # each process has its own
         placed = place(problem, used, case.layout == "sharded", case.simulated)
         return build_step(placed, case)
@@ -1089,7 +1119,7 @@ def device_cases(case: Case) -> list[Case]:
 
 
 def usable_devices(options: Namespace) -> list[jax.Device]:
-    """Returns the devices, one of each process in turn.
+    """Returns the devices, taking one from each process in turn.
 
     The first n of them must include the same number from each process.
     """
@@ -1125,7 +1155,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 def needs_simulation(options: Namespace) -> bool:
-    """Returns whether 8 devices are simulated, as they are unless you choose them."""
+    """Returns whether to simulate 8 devices: the default unless you choose devices."""
     if options.devices or options.compile_only or jax.process_count() > 1:
         return False
     return "devices" in options.tables
@@ -1202,7 +1232,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
     steps = {loop_case: loop, scan_case: scan}
     title = (
-        f"seed: a step of the walk-through. The loop repeats one batch, "
+        f"seed: a step of the walk-through. The loop repeats one batch; "
         f"the scan reads {RUN_STEPS:,} different ones."
     )
     yield title, measure([loop_case, scan_case], lambda case: steps[case], options)
@@ -1270,7 +1300,7 @@ def load_model(options: Namespace) -> Problem:
 
 @contextmanager
 def errors_of(model: str) -> Iterator[None]:
-    """Turns exceptions of your own code into ValueError, after their traceback."""
+    """Re-raises exceptions from your code as ValueError, after their traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -1344,18 +1374,20 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--tables", nargs="+", choices=names, metavar="TABLE", help=", ".join(names))
     add("--peers", action="store_true", help="compare with other libraries")
     add("--sizes", nargs="+", type=natural, metavar="N", help="layer widths for an MLP")
-    add("--batch", type=natural, metavar="N", help="rows per batch and device")
+    add("--batch", type=natural, metavar="N", help="rows per batch on each device")
     selection = parser.add_mutually_exclusive_group()
     train_help, freeze_help = "train these leaves", "freeze these leaves"
     selection.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
     selection.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of MLPs")
+    dtype_help = "dtype of the built-in MLPs (default: float32)"
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="float32", help=dtype_help)
     model_help = "NAME() returns (loss_fn, params, batch); the loss is a mean over rows"
     add("--model", metavar="FILE.py:NAME", help=model_help)
     rounds_help = "samples per row; default 7"
     add("--rounds", type=natural, default=7, metavar="N", help=rounds_help)
-    batches_help = "batches per epoch (sizes hoist's feature cache)"
+    batches_help = "batches per epoch, whose features hoist stores"
     add("--batches", type=natural, default=1, metavar="N", help=batches_help)
     add("--devices", nargs="+", type=natural, metavar="N", help="device counts to test")
     compile_help = "compile for simulated devices without timing"
@@ -1366,7 +1398,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
     add("--processes", type=natural, metavar="N", help="number of processes")
     add("--process", type=int, metavar="I", help="index of this process, from 0")
-    add("--json", type=Path, metavar="FILE", help="write the results, after each table")
+    add("--json", type=Path, metavar="FILE", help="write the results, table by table")
     add("--plot", type=Path, metavar="FILE", help="draw the prefix and methods tables")
     options = parser.parse_args(argv)
 
@@ -1439,7 +1471,7 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
     if options.model and ":" not in options.model:
         error(f"--model must be FILE.py:NAME, not {options.model}")
     if options.model and "prefix" in options.tables:
-        error("--model has no prefix table, which freezes the layers of an MLP")
+        error("--model does not work with the prefix table, which freezes MLP layers")
     if options.topology and not options.compile_only:
         error("--topology needs --compile-only")
     if options.topology and options.devices:
@@ -1515,7 +1547,7 @@ def check_devices(options: Namespace) -> None:
 
 
 def check_files(options: Namespace) -> None:
-    """Raises an error early, if an output file cannot be written."""
+    """Raises an error early if an output file cannot be written."""
     for file in (options.json, options.plot):
         if file is not None:
             TemporaryDirectory(dir=file.parent).cleanup()
@@ -1569,7 +1601,7 @@ def join_cluster(options: Namespace) -> None:
         options.process,
         initialization_timeout=60,
     )
-    # JAX replaced the operating system's handler without telling Python.
+    # JAX has installed a SIGTERM handler of its own. Install Python's again.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1635,7 +1667,7 @@ class Report:
         print_now(table_text(title, rows))
 
     def fail(self, error: Exception) -> None:
-        """Records an error: exit code 2 if the measuring never began, else 1."""
+        """Records an error: exit code 2 if measurement never began, else 1."""
         self.ended = f"error: {error}"
         measuring = bool(self.card)
         self.code = 1 if measuring else 2
@@ -1646,7 +1678,7 @@ class Report:
 def finish(report: Report) -> NoReturn:
     """Writes the files, prints the conclusion, and ends the process.
 
-    The exit code is 0, 1, 2 or 128 + the number of the signal.
+    The exit code is 0, 1, 2, or 128 plus the signal number.
     """
     try:
         if report.tables and jax.process_index() == 0:
@@ -1712,12 +1744,9 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 # ------------------------------------------------------------------------ the machine
-def describe_machine(options: Namespace) -> dict[str, Any]:
+def describe_machine(options: Namespace, dtype: str) -> dict[str, Any]:
     """Describes the machine and the software."""
     devices = usable_devices(options)
-    peak_flops, peak_bytes_per_s = None, None
-    if not options.compile_only:
-        peak_flops, peak_bytes_per_s = measure_peaks(options.dtype)
     return {
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
@@ -1729,15 +1758,15 @@ def describe_machine(options: Namespace) -> dict[str, Any]:
         "processes": jax.process_count(),
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
-        "dtype": options.dtype,
-        "peak_flops": peak_flops,
-        "peak_bytes_per_s": peak_bytes_per_s,
+        "dtype": dtype,
+        "peak_flops": None,
+        "peak_bytes_per_s": None,
         "commit": git("rev-parse", "HEAD"),
         "clean": git("status", "--porcelain") == "",
     }
 
 
-def measure_peaks(dtype: str) -> tuple[float, float]:
+def measure_peaks(dtype: str) -> dict[str, float]:
     """Measures the peak FLOP/s and the peak bandwidth (bytes/s) of one device."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -1751,9 +1780,21 @@ def measure_peaks(dtype: str) -> tuple[float, float]:
         "bandwidth": Step(increment, init=lambda: jnp.zeros(size, jnp.float32)),
     }
     timings = time_rounds(steps, rounds=5)
-    flops = 2 * side**3 / min(timings["product"].samples)
-    bytes_moved = 2 * PEAK_VECTOR_BYTES  # read and written
-    return flops, bytes_moved / min(timings["bandwidth"].samples)
+    product_s = min(timings["product"].samples)
+    increment_s = min(timings["bandwidth"].samples)
+    return {
+        "peak_flops": 2 * side**3 / product_s,
+        "peak_bytes_per_s": 2 * PEAK_VECTOR_BYTES / increment_s,  # read and written
+    }
+
+
+def dtype_of(params: Tree) -> str:
+    """Returns the dtype of most parameters."""
+    counts: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(params):
+        counts[leaf.dtype.name] += leaf.size
+    [(dtype, _)] = counts.most_common(1)
+    return dtype
 
 
 def cpu_name() -> str:
@@ -1837,7 +1878,8 @@ def row_of(
     if baseline is not None and baseline.timing is not None:
         row["speedup"] = baseline.timing.median / timing.median
         row["differs"] = not timing.overlaps(baseline.timing)
-    alone = by_case.get(replace(case, devices=1, rows=case.rows // case.devices))
+    rows_alone = case.rows // case.devices
+    alone = by_case.get(replace(case, devices=1, layout="replicated", rows=rows_alone))
     if case.devices > 1 and alone is not None and alone.timing is not None:
         row["efficiency"] = alone.timing.median / timing.median
     if result.once is not None:
@@ -2014,7 +2056,7 @@ def hoist_notes(row: Row) -> list[str]:
         quantity(row["step_s"] + row["once_s"] / epochs, "s") for epochs in (1, 3, 10)
     )
     notes = [
-        f"with feature computation included: {one} per step over 1 epoch, "
+        f"including the features: {one} per step over 1 epoch, "
         f"{three} over 3, {ten} over 10"
     ]
     if row["break_even"] is not None:
@@ -2022,7 +2064,9 @@ def hoist_notes(row: Row) -> list[str]:
     notes.append(f"stores {quantity(row['kept_bytes'], 'B')} per batch")
     if row["unused_bytes"]:
         unused = quantity(row["unused_bytes"], "B")
-        notes.append(f"{unused} of arguments are no longer read and can be freed")
+        notes.append(
+            f"{unused} of frozen parameters are no longer read and can be freed"
+        )
     return notes
 
 
@@ -2068,13 +2112,14 @@ def legend(options: Namespace) -> str:
     lines = []
     if not options.compile_only:
         lines.append(
-            "Before they are timed, all methods must take the same step; with another "
-            "optimizer, their steps are compared by SGD. Times are median ± median "
-            "absolute deviation. Speed-ups are relative to the everything row; "
-            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is the '
-            "shortest possible step time as a share of the measured time. It assumes "
-            "the measured peak rates and counts only matrix products or mandatory "
-            "memory traffic, whichever takes longer."
+            "Before timing, the update of each method is checked against that of the "
+            "first one. The check always uses SGD. Times are median ± median absolute "
+            "deviation. Speed-ups are relative to the everything row; "
+            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is a lower '
+            "bound on the step time, divided by the measured time. The bound is the "
+            "time for the matrix products or for reading the arguments and writing "
+            "the trainables, at measured peak rates. Data that stays in a cache can "
+            "beat it."
         )
     lines.append(
         "Memory is per device: parameters, optimizer state, batch, results, temporary "
@@ -2093,7 +2138,12 @@ def legend(options: Namespace) -> str:
 # ------------------------------------------------------------------------- the answer
 def answer(tables: Sequence[Sequence[Row]]) -> str:
     """Returns the conclusion, in a few sentences."""
-    last_rows = {rows[0]["table"]: rows for rows in tables}  # of each kind of table
+    last_rows: dict[str, Sequence[Row]] = {}  # of each kind of table
+    for rows in tables:
+        kind = rows[0]["table"]
+        # Simulated devices do not replace real ones.
+        if kind not in last_rows or not rows[0]["simulated"]:
+            last_rows[kind] = rows
     lines = []
     if "methods" in last_rows:
         lines.append(answer_methods(last_rows["methods"]))

@@ -5,9 +5,10 @@
     mutants.py clauses             try every clause mutant
     mutants.py prune SESSION       leave out operator mutants that cannot matter
     mutants.py retry SESSION       forget the mutants that survived, to try them again
+    mutants.py covering FILE LINE  the tests that run a line of minifreeze.py
     mutants.py survivors SESSION   write .ci/survivors.md
 
-SESSION is cosmic-ray's SQLite file.
+SESSION is cosmic-ray's SQLite file. FILE is of coverage, with a context per test.
 """
 
 from __future__ import annotations
@@ -132,6 +133,27 @@ def retry(session: sqlite3.Connection) -> None:
     session.execute("DELETE FROM work_results WHERE test_outcome != 'KILLED'")
 
 
+def print_covering_tests(file: str, line: int) -> None:
+    """Prints the tests that run a line, those that run the fewest lines first."""
+    from coverage import CoverageData
+
+    data = CoverageData(file)
+    data.read()
+    [module] = [name for name in data.measured_files() if "test_" not in name]
+    lines_of: dict[str, set[int]] = {}
+    for number, contexts in data.contexts_by_lineno(module).items():
+        for context in contexts:
+            test = context.partition("|")[0].partition("[")[0]  # of all parameters
+            lines_of.setdefault(test, set()).add(number)
+    lines_of.pop("", None)  # what runs on import
+    # Coverage counts a statement by its first line.
+    covered = set().union(*lines_of.values())
+    statement = max((start for start in covered if start <= line), default=0)
+    for test in sorted(lines_of, key=lambda test: len(lines_of[test])):
+        if statement in lines_of[test]:
+            print(test)
+
+
 # ---------------------------------------------------------------------- survivors.md
 
 
@@ -224,6 +246,10 @@ def main() -> None:
         return
     if command == "clauses":
         try_clauses()
+        return
+    if command == "covering":
+        file, line = arguments
+        print_covering_tests(file, int(line))
         return
     steps = {"prune": prune, "retry": retry, "survivors": write_survivors}
     with sqlite3.connect(arguments[0]) as session:

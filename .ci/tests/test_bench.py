@@ -424,9 +424,16 @@ def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
 
 
 def test_a_slower_method_is_called_slower() -> None:
-    everything, slow = result("everything", 2.0), result("partition", 8.0)
-    row = row_of("partition", everything, slow)
+    everything = result("everything", 2.0, 2.0, 2.0)
+    row = row_of("partition", everything, result("partition", 8.0, 8.0, 8.0))
     assert bench.speedup_text(row) == "4.0x slower"
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_one_or_two_samples_show_no_difference(samples: int) -> None:
+    everything = result("everything", *[2.0] * samples)
+    row = row_of("partition", everything, result("partition", *[8.0] * samples))
+    assert (row["speedup"], row["differs"]) == (0.25, False)
 
 
 def test_overlapping_intervals_are_no_difference() -> None:
@@ -479,13 +486,13 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
     real = mf.hoist
 
     def warned(*args: Any) -> Any:
-        warnings.warn("hoist: only reductions", UserWarning, stacklevel=2)
-        warnings.warn("of the model", RuntimeWarning, stacklevel=2)
+        warnings.warn("hoist found nothing", UserWarning, stacklevel=2)
+        warnings.warn("hoist the sails", RuntimeWarning, stacklevel=2)
         return real(*args)
 
     monkeypatch.setattr(mf, "hoist", warned)
     problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
-    with pytest.warns(RuntimeWarning, match="of the model") as shown:
+    with pytest.warns(RuntimeWarning, match="hoist the sails") as shown:
         remark = bench.hoist(problem).remark
     assert len(shown) == 1
     assert remark == "nothing to hoist"
@@ -538,7 +545,7 @@ def test_efficiency_is_the_pace_of_one_device_that_each_keeps() -> None:
         return bench.Result(there, bench.Program(), bench.Timing((seconds,)))
 
     rows = bench.rows_of([on(1, 3.0), on(4, 4.0), on(4, 6.0, "sharded")], CARD)
-    assert [row["efficiency"] for row in rows] == [None, 3 / 4, None]
+    assert [row["efficiency"] for row in rows] == [None, 3 / 4, 3 / 6]
     assert rows[1]["rows_per_s"] == 4 * 8 / 4
 
 
@@ -617,16 +624,30 @@ def test_answer_says_what_was_slower_or_not_timed(
     part_s: float | None, hoist_s: float | None, words: str
 ) -> None:
     def samples(seconds: float | None) -> list[float]:
-        return [] if seconds is None else [seconds]
+        return [] if seconds is None else [seconds] * 3
 
     results = [
-        result("everything", 27.0),
+        result("everything", 27.0, 27.0, 27.0),
         result("partition", *samples(part_s), flops_min=10),
         result("hoist", *samples(hoist_s), once=12.0, kept_bytes=5, flops_min=1),
     ]
     text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
     assert words in text
     assert "measurably" not in text
+
+
+def test_answer_prefers_devices_that_are_not_simulated() -> None:
+    def on(devices: int, simulated: bool) -> list[bench.Row]:
+        results = []
+        for method, sent in (("everything", 9_000), ("partition", 3_000)):
+            there = case(method, devices=devices, layout="replicated")
+            there = replace(there, table="devices", simulated=simulated)
+            results.append(bench.Result(there, bench.Program(sent_bytes=sent)))
+        return bench.rows_of(results, CARD)
+
+    real, simulated = on(4, simulated=False), on(8, simulated=True)
+    assert "of 4 devices" in bench.answer([real, simulated])
+    assert "of 8 devices" in bench.answer([simulated])
 
 
 def test_answer_gives_no_verdict_inside_the_noise() -> None:
@@ -692,6 +713,19 @@ def test_a_frozen_parameter_must_not_change_by_one_bit() -> None:
         )
 
 
+def test_a_step_that_changes_nothing_is_found_in_bfloat16_too() -> None:
+    ones = jnp.ones(3, jnp.bfloat16)  # an update of one ulp is below the tolerance
+    one_ulp_more = ones.at[1].set(jnp.bfloat16(1.0078125))
+
+    def step(after: jax.Array) -> bench.Step:
+        return bench.Step(lambda state: ({"w": after}, 0.0), init=lambda: {"w": ones})
+
+    expected = {case("everything"): step(one_ulp_more)}
+    bench.check_same_step(expected | {case("partition"): step(one_ulp_more)})
+    with pytest.raises(FloatingPointError, match="the update is only 0% of the"):
+        bench.check_same_step(expected | {case("partition"): step(ones)})
+
+
 def test_a_sum_as_the_loss_is_named_on_several_devices() -> None:
     steps = {
         case("everything"): moving({"w": [1, 1, 1]}),
@@ -747,7 +781,7 @@ def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
 
     cases = [case(method) for method in ("everything", "partition", "hoist")]
     results = bench.measure(cases, build, options_of("--rounds", "1"))
-    remark = "out of memory beside the other methods of this table"
+    remark = "out of memory; the other methods of this table were also loaded"
     said = [(r.remark, r.timing is not None) for r in results]
     assert said == [(remark, False), (None, True), (remark, False)]
 
@@ -810,6 +844,22 @@ def test_run_has_a_row_for_every_case(whole_run: Any) -> None:
     devices = rows_in(file, table="devices")
     assert [row["method"] for row in devices] == ["everything", "partition"]
     assert all(row["simulated"] and row["devices"] == 8 for row in devices)
+
+
+def test_the_run_table_is_always_of_sgd() -> None:
+    options = options_of("--tables", "run", "--optimizer", "adam", "--rounds", "1")
+    problem = bench.mlp("mlp", (2, 3, 2), 2, "linear_1")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHORT.items():
+            patch.setattr(bench, name, value)
+        [(_, results)] = bench.run_table(options, [problem])
+    names = [bench.label(result.case) for result in results]
+    assert names == ["loop", "scan"]
+
+
+def test_the_peak_is_measured_in_the_dtype_of_most_parameters() -> None:
+    params = {"w": jnp.zeros((4, 4), jnp.bfloat16), "scale": jnp.zeros(4)}
+    assert bench.dtype_of(params) == "bfloat16"
 
 
 @pytest.mark.slow
@@ -889,7 +939,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--model {}/none.py:make --train w", "none.py"),
         ("--model {}/mine.py --train w", "must be FILE.py:NAME"),
         ("--model {}/mine.py:good", "--model needs --train or --freeze"),
-        ("--model {}/mine.py:good --train head --tables prefix", "layers of an MLP"),
+        ("--model {}/mine.py:good --train head --tables prefix", "freezes MLP layers"),
         ("--model {}/mine.py:good --train v", "mine: pattern 'v'"),
         ("--model {}/mine.py:good --train head --batch 5", "no leaf of the batch"),
         ("--model {}/mine.py:nothing --train w", "mine.py has no nothing()"),
