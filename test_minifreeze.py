@@ -298,6 +298,12 @@ class Pair(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Identity:
+    """A layer without leaves, which looks like a hole but for its name."""
+
+
+@jax.tree_util.register_dataclass
 @dataclass
 class Layer:
     """An Equinox-style model: a callable tree with static metadata."""
@@ -939,6 +945,15 @@ def test_merge_rejects_a_lost_leaf() -> None:
             id="a list and a tuple",
         ),
         pytest.param(
+            [[20 * [1], [1]], [20 * [HOLE], (HOLE,)]],
+            # Each text starts 20 characters before the difference.
+            [
+                "part 0 has .. *, *, *, *, *, *], [*]])..;",
+                "1 has .. *, *, *, *, *, *], (*,)])",
+            ],
+            id="a difference far from the start",
+        ),
+        pytest.param(
             [Layer(1, 2, "x"), Layer(HOLE, HOLE, "y")],
             ["Layer[('x',)]", "Layer[('y',)]"],
             id="metadata",
@@ -980,6 +995,11 @@ def test_merge_reports_holes_from_another_copy() -> None:
         _, theirs = copy.partition("a", {"a": 1, "b": 2})
     with raises(ValueError, "copy_of_minifreeze"):
         merge(ours, theirs)
+
+
+def test_merge_keeps_containers_that_look_like_holes() -> None:
+    layers = [Identity(), 1, 2]
+    assert merge(*partition("1", layers)) == layers
 
 
 @given(st.data(), TREES_WITH_HOLES)
@@ -3560,7 +3580,13 @@ def with_layer(name: str, **leaves: Any) -> PyTree:
             with_layer("linear_1", b=normal(1)),
             INPUTS,
             ["linear_1 has", "b of shape (1,)"],
-            id="bias",
+            id="bias narrow",
+        ),
+        pytest.param(
+            with_layer("linear_1", b=normal(7)),
+            INPUTS,
+            ["linear_1 has", "b of shape (7,)"],
+            id="bias wide",
         ),
         pytest.param(
             with_layer("linear_2", b=HOLE), INPUTS, ["linear_2 has holes"], id="a hole"
@@ -3790,6 +3816,14 @@ def test_sgd_step_default_lr() -> None:
             ValueError,
             ["'w' has shape (), but its gradient has shape (2,)"],
             id="a gradient of a different shape",
+        ),
+        pytest.param(
+            {"w": vector(1, 2, 3)},
+            {"w": np.ones((2, 3), np.float32)},
+            0.1,
+            ValueError,
+            ["'w' has shape (3,), but its gradient has shape (2, 3)"],
+            id="a gradient with a batch axis",
         ),
         pytest.param(
             {"w": np.array([1])},
@@ -4106,6 +4140,21 @@ def test_main_prints_what_its_functions_compute(
     assert re.findall(r"linear_\d/\w", lines[-1]) == leaf_names(frozen)
 
 
+@pytest.mark.parametrize(
+    "argv", [["--steps", "1"], ["--steps", "10000000"], ["--seed", "0"]]
+)
+def test_main_accepts(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Accepted(Exception):
+        pass
+
+    def start(*sizes: Any) -> None:
+        raise Accepted
+
+    monkeypatch.setattr(minifreeze, "init", start)
+    with pytest.raises(Accepted):
+        minifreeze.main(argv)
+
+
 def test_main_of_the_file_run_as_a_script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -4138,6 +4187,7 @@ def assert_main_rejects(
         ),
         pytest.param(["--seed", "-1"], "got -1", id="negative seed"),
         pytest.param(["--seed", "4294967296"], "got 4294967296", id="seed of 33 bits"),
+        pytest.param(["--seed", "8589934592"], "got 8589934592", id="seed of 34 bits"),
         pytest.param(["--speed", "1"], "arguments: --speed", id="unknown option"),
     ],
 )
@@ -4172,8 +4222,9 @@ class FakeFigure:
 
     saved: FakeFigure | None = None
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, figsize: tuple[float, float] = (0, 0), layout: str = "") -> None:
         self.canvas = self  # it also stands in for the canvas
+        self.size = figsize
 
     def get_supported_filetypes(self) -> dict[str, str]:
         return {"png": "Portable Network Graphics", "pdf": "Portable Document Format"}
@@ -4211,6 +4262,9 @@ def test_plot_draws_every_parameter_before_and_after(tmp_path: Path) -> None:
     _, frozen = partition("!linear_1", before)
 
     assert FakeFigure.saved is not None
+    width, height = FakeFigure.saved.size
+    assert width > 2 * len(leaf_names(before))
+    assert height > 2 * 2
     row_before, row_after = FakeFigure.saved.axes
     assert len(row_before) == len(leaf_names(before))
     for i, name in enumerate(leaf_names(before)):
