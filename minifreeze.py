@@ -6,8 +6,8 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees, and merge them again inside your loss function. JAX
-differentiates a function with respect to its first argument, here the trainable tree:
+Split the parameters into two trees, and merge them inside your loss function. By
+default, JAX differentiates with respect to the first argument: the trainable tree.
 
     def loss_fn(trainable, frozen, x, y):
         params = merge(trainable, frozen)
@@ -62,7 +62,7 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Marks the position of a leaf that is in another part of the tree.
+    """Stands in for a leaf that another part holds.
 
     A hole is a pytree node with no children, so ``grad``, ``jit`` and optimizers skip
     it.
@@ -126,7 +126,7 @@ def _spec(leaf: Any) -> _Spec:
     is_class = isinstance(leaf, type)  # np.float32 itself has both attributes
     if is_class or not looks_like_array:
         return _Spec("-", type(leaf).__name__, 0, 0)
-    shape = tuple(int(size) for size in leaf.shape)  # or NumPy integers
+    shape = tuple(int(size) for size in leaf.shape)  # sizes can be NumPy integers
     count = math.prod(shape)
     return _Spec(str(shape), str(leaf.dtype), count, count * leaf.dtype.itemsize)
 
@@ -208,8 +208,8 @@ def _require_any(selection: list[bool], where: Where, tree: PyTree) -> None:
 def _select(where: Where, tree: PyTree) -> list[bool]:
     """Returns, for each leaf in tree order, whether ``where`` selects it.
 
-    The selection may be empty, because ``warm_start`` allows that. ``partition`` and
-    ``mask`` call ``_require_any``.
+    It may select nothing, which ``warm_start`` allows. ``partition`` and ``mask`` rule
+    that out with ``_require_any``.
     """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
@@ -249,8 +249,9 @@ def _select_by_patterns(patterns: Sequence[str], tree: PyTree) -> list[bool]:
 def _matches(glob: str, name: str) -> bool:
     """Returns whether a glob matches a name or the name of a container above it.
 
-    The glob "head" becomes "head/*". This matches "head/" and also "head/w/", because
-    * matches any text, including "/". It does not match "head2/w/".
+    The names "head" and "head/w" become "head/" and "head/w/", and the glob "head"
+    becomes "head/*". It matches both, because * matches any text, including "/". It
+    does not match "head2/w/".
     """
     if not glob:
         return False  # "/*" would match the empty name of a tree that is a single leaf
@@ -508,8 +509,7 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
       keeps its value from ``new``.
     * Every leaf of ``old`` must have a leaf or ``Hole`` of the same name in ``new``,
       unless ``unused`` selects it. A ``Hole`` means that the leaf is now frozen, so its
-      old value is dropped. A leaf that has a counterpart is copied even if ``unused``
-      selects it.
+      old value is dropped. ``unused`` has no effect on names that occur in ``new``.
 
     Adam's step count is copied like any other leaf. Newly unfrozen leaves then get
     almost no bias correction, and their first update is about three times too large. To
@@ -631,9 +631,9 @@ def _is_none(node: Any) -> bool:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Cheap primitives, which rest may repeat to save memory. Most of them take about as
-# long as reading their result from memory. Special functions and random bits take
-# longer, but far less time than a product.
+# Primitives that rest may repeat to save memory. Most of them take about as long as
+# reading the result from memory. Special functions and random bits are slower, but
+# still much cheaper than a matrix product.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc
@@ -683,8 +683,8 @@ def hoist(
       ``rest`` computes it in every step.
     * early: depends on the batch and is not late. ``once`` can compute it.
     * fixed: depends only on frozen leaves and constants. ``once`` never stores it,
-      because it would be stored again for every batch. If ``rest`` needs it, it
-      computes it in every step.
+      because it would be stored again for every batch. If ``rest`` needs such a
+      value, it computes it in every step.
 
     ``rest`` needs the early values that late operations read or that ``fn`` returns.
     ``once`` stores enough values for ``rest`` to rebuild all of these with cheap
@@ -693,31 +693,32 @@ def hoist(
     least work.
 
     For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
-    and its ``tanh`` are early; the product is costly, and the ``tanh`` is cheap. The
-    product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing ``x @ body``
-    would take as many bytes, so ``hoist`` stores the ``tanh``, which leaves ``rest``
-    less work. If ``fn`` cast the ``tanh`` to a wider dtype before the product with
-    ``head``, ``hoist`` would still store the narrower ``tanh``, and ``rest`` would
-    repeat the cast in every step.
+    and its ``tanh`` are early; the matrix product is costly, and the ``tanh`` is cheap.
+    The product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing
+    ``x @ body`` would take as many bytes, so ``hoist`` stores the ``tanh``, which
+    leaves ``rest`` less work. If ``fn`` cast the ``tanh`` to a wider dtype before the
+    product with ``head``, ``hoist`` would still store the narrower ``tanh``, and
+    ``rest`` would repeat the cast in every step.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
-    transposes, ...) and random bits. All others are costly: products, convolutions,
-    reductions, sorts, ... Details:
+    transposes, ...) and random bits. All others are costly: matrix products,
+    convolutions, reductions, sorts, ... Details:
 
-    * An operation that wraps a function is never split and counts as costly: ``scan``,
-      ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``, ``shard_map``, and a
-      ``jit`` with shardings. A ``scan`` over the layers of a model is late if one of
-      the layers is trainable. A ``jit`` without shardings is inlined. A ``custom_jvp``
-      is cheap if everything in it is cheap.
+    * With two exceptions, an operation that wraps a function is never split and counts
+      as costly: ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``,
+      ``shard_map``, and a ``jit`` with shardings. A ``scan`` over the layers of a model
+      is late if one of the layers is trainable. The exceptions: a ``jit`` without
+      shardings is inlined, and a ``custom_jvp`` is cheap if everything in it is cheap.
     * If ``rest`` needs a costly early value, ``once`` stores it or something computed
       from it, even if the stored value is larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
-    * ``rest`` computes the fixed values that it needs in every step, even if they are
+    * In every step, ``rest`` computes the fixed values that it needs, even if they are
       costly. To avoid that, compute them yourself and pass them as part of ``frozen``.
-    * A cheap operation that combines an early value with a costly fixed value counts as
-      costly. For example, ``(embeddings @ projection)[ids]`` is stored, because to
-      rebuild it, ``rest`` would have to repeat the product.
+    * A cheap operation that combines an early value with a costly fixed value (one that
+      takes a costly operation to compute) counts as costly. For example,
+      ``(embeddings @ projection)[ids]`` is stored, because to rebuild it, ``rest``
+      would have to repeat the matrix product.
 
     Args:
       fn: A function ``fn(trainable, frozen, *batch)`` on pytrees of arrays.
@@ -890,7 +891,7 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. For example, a trainable leaf that a scan carries but never uses
-    # would make the whole scan late. All constants remain.
+    # would make the whole scan late. All constants remain, used or not.
     live_jaxpr, _ = dce_jaxpr(
         closed_jaxpr.jaxpr,
         used_outputs=[True] * len(closed_jaxpr.out_avals),
@@ -953,12 +954,12 @@ class _ProgramBuilder:
 
         for eqn in jaxpr.eqns:
             if _is_plain_jit(eqn):
-                # The body expects every argument, so a literal becomes a constant.
+                # The body has an input for each literal, so literals need ids, too.
                 body = eqn.params["jaxpr"]
                 arguments = [id_of(atom) for atom in eqn.invars]
                 outputs = self.add(body.jaxpr, body.consts, arguments)
             else:
-                # The equation contains its literals, so pass only its variables.
+                # The equation keeps its literals, so its inputs are the variables.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
@@ -1066,8 +1067,8 @@ def _values_to_keep(
     needed: set[int] = set()
     # Early values that must be stored if they are needed: the batch and costly results.
     cannot_rebuild = set(batch)
-    # All other early values, with the early values that they are rebuilt from. (The
-    # cheap fixed values that they also need can be computed again.)
+    # For every other early value, the early values that it is rebuilt from. (The cheap
+    # fixed values that it also needs can be computed again.)
     rebuilt_from: dict[int, list[int]] = {}
 
     for operation in program.operations:
@@ -1094,7 +1095,7 @@ def _values_to_keep(
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
 
-_Node: TypeAlias = tuple[int, str]  # an end of a pipe: its id and "in" or "out"
+_Node: TypeAlias = tuple[int, str]  # (value id, "in" or "out"), or the sink
 
 
 def _minimum_cut(
@@ -1106,9 +1107,9 @@ def _minimum_cut(
     """Returns the values to store so that all needed values can be rebuilt.
 
     Think of each value as a pipe whose capacity is the size of the value. Flow enters
-    the pipes of the needed values. From the pipe of a value, it continues into the
-    pipes of the values that this value is rebuilt from, against the direction of the
-    computation. The pipe of a value that cannot be rebuilt ends in the sink.
+    at the needed values and runs backwards through the computation: from each value to
+    the values that it is rebuilt from. The pipe of a value that cannot be rebuilt ends
+    in the sink.
 
     To store a value is to block its pipe. If the blocked pipes stop all flow, every
     path from a needed value to the sink crosses a stored value, so every needed value
@@ -1128,13 +1129,14 @@ def _minimum_cut(
       rebuilt_from: For all other values, the ids of the values to rebuild them from.
       sizes: The size of every value in bytes, by id.
     """
-    # Through a pipe, flow goes from (id, "in") to (id, "out").
+    # residual[a][b] is how much more flow can go from a to b. Through the pipe of a
+    # value, flow goes from (id, "in") to (id, "out").
     sink: _Node = (-1, "sink")
     residual: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
     def connect(tail: _Node, head: _Node, capacity: float) -> None:
         residual[tail][head] = capacity
-        residual[head][tail] = 0  # the flow that can be sent back
+        residual[head][tail] = 0  # no flow to send back yet
 
     for value_id in cannot_rebuild:
         connect((value_id, "in"), (value_id, "out"), sizes[value_id])
@@ -1208,8 +1210,8 @@ def _search(
 # -------------------------------------------------------------- the walk-through
 #
 # A worked example: train the first and last layer of an MLP and freeze the middle one.
-# If you only need the library, delete everything from here on. The imports of the
-# example are here for that reason.
+# If you only need the library, delete everything from here on. The example's imports
+# are here so that they go with it.
 
 import argparse
 import itertools
@@ -1403,7 +1405,7 @@ def train_step(
     Returns:
       The new trainable part and the loss before the step.
     """
-    _require_floating(trainable)  # the error of jax.grad would not name the leaf
+    _require_floating(trainable)  # jax.grad's own error would not name the leaf
     loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, x, y)
     return sgd_step(trainable, grads, lr), loss
 
