@@ -92,7 +92,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def examples(factor: float) -> int:
     """The profile's number of examples, times a factor.
 
-    At most 2,000, because an example of hoist has to be compiled.
+    Capped at 2,000, because every example of hoist is compiled.
     """
     return min(2_000, int(factor * settings().max_examples))
 
@@ -148,7 +148,7 @@ HOLE = Hole()
 def raises(
     error: type[BaseException], *fragments: str, absent: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Expects an error whose message has every fragment and no absent one."""
+    """Expects an error whose message contains all of `fragments`, none of `absent`."""
     with pytest.raises(error) as caught:
         yield
     message = str(caught.value)
@@ -219,12 +219,10 @@ def assert_same_objects(got: PyTree, want: PyTree) -> None:
 def changed(before: PyTree, after: PyTree) -> list[str]:
     """The names of the leaves whose bits changed."""
     assert leaf_names(before) == leaf_names(after)
+    new_leaves = leaves_by_name(after)
     result = []
     for name, leaf in leaves_by_name(before).items():
-        if (
-            np.asarray(leaf).tobytes()
-            != np.asarray(leaves_by_name(after)[name]).tobytes()
-        ):
+        if np.asarray(leaf).tobytes() != np.asarray(new_leaves[name]).tobytes():
             result.append(name)
     return result
 
@@ -748,7 +746,9 @@ def assert_split(
         if is_hole(node):
             assert is_hole(first)
             assert is_hole(second)
-        elif next(path_of) in selection:
+            continue
+        path = next(path_of)
+        if path in selection:
             assert first is node
             assert is_hole(second)
         else:
@@ -880,8 +880,8 @@ def test_merge_partial(parts: list[PyTree], union: PyTree) -> None:
 
 
 def test_merge_many_parts() -> None:
-    # One part per leaf must be neither slow nor recursive.
-    tree, parts = one_part_per_leaf(300)
+    # More parts than Python allows nested calls.
+    tree, parts = one_part_per_leaf(1_100)
     assert merge(*parts) == tree
     assert merge(*reversed(parts)) == tree
 
@@ -1509,7 +1509,7 @@ def nested_dict(nodes: dict[str, Any]) -> PyTree:
 
 
 class LeafPlan(NamedTuple):
-    """What the two trees of warm_start have at one name."""
+    """What `new` and `old` hold under one name."""
 
     in_new: str  # "leaf", "hole" or "nothing"
     in_old: str
@@ -1595,7 +1595,7 @@ HEAD, BODY, BATCH = abstract(6), abstract(4, 6), abstract(8, 4)
 
 
 def hoist_quietly(*args: Any) -> Any:
-    """hoist, without the warning that it hoists nothing costly."""
+    """Calls hoist, ignoring its warning that it hoists nothing costly."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "hoist", UserWarning)
         return hoist(*args)
@@ -2374,6 +2374,31 @@ def normalize_jvp(primals: Any, tangents: Any) -> Any:
 normalize.defjvp(normalize_jvp)
 
 
+def scan_of_cheap(z: Any) -> Any:
+    _, rows = lax.scan(lambda carry, row: (carry, jnp.sin(row)), 0, z)
+    return rows
+
+
+def while_of_cheap(z: Any) -> Any:
+    return lax.while_loop(lambda z: z[0, 0] < 1, lambda z: z + 1, z)
+
+
+def cond_of_cheap(z: Any) -> Any:
+    return lax.cond(z[0, 0] < 0, jnp.sin, jnp.cos, z)
+
+
+def checkpoint_of_cheap(z: Any) -> Any:
+    return jax.checkpoint(jnp.sin)(z)
+
+
+@jax.custom_vjp
+def vjp_of_cheap(z: Any) -> Any:
+    return jnp.sin(z)
+
+
+vjp_of_cheap.defvjp(lambda z: (jnp.sin(z), z), lambda z, g: (g * jnp.cos(z),))
+
+
 @pytest.mark.parametrize(
     ("operation", "result"),
     [
@@ -2389,6 +2414,11 @@ normalize.defjvp(normalize_jvp)
         pytest.param(jit_of_a_product, "float32[6, 6]", id="jit of a product"),
         pytest.param(jit_with_shardings, "float32[8, 6]", id="jit with shardings"),
         pytest.param(normalize, "float32[8, 6]", id="custom_jvp of a sum"),
+        pytest.param(scan_of_cheap, "float32[8, 6]", id="scan of a sine"),
+        pytest.param(while_of_cheap, "float32[8, 6]", id="while of a sum of two"),
+        pytest.param(cond_of_cheap, "float32[8, 6]", id="cond of sine and cosine"),
+        pytest.param(checkpoint_of_cheap, "float32[8, 6]", id="checkpoint of a sine"),
+        pytest.param(vjp_of_cheap, "float32[8, 6]", id="custom_vjp of a sine"),
     ],
 )
 def test_hoist_does_not_rebuild(operation: Any, result: str) -> None:
@@ -2507,7 +2537,7 @@ def test_hoist_leaves_control_flow_with_a_trainable_part(
     def fn(t: Any, f: Any, x: Any) -> Any:
         return layer(t * f, x)
 
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         hoist(fn, HEAD, SQUARE, SQUARE_X)
     assert kept_arrays(fn, HEAD, SQUARE, SQUARE_X) == ["float32[8, 6]"]
     in_once, in_rest = programs(fn, HEAD, SQUARE, SQUARE_X)
@@ -2558,7 +2588,7 @@ def test_hoist_preserves_the_gradient_of_a_custom_vjp_that_indexes_a_constant() 
     def fn(t: Any, f: Any, x: Any) -> Any:
         return dot(t * x, jnp.array([2.0, 3.0, 4.0]))
 
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         once, rest = hoist(fn, 1.0, None, abstract(3))
     assert jax.grad(rest)(1.0, None, once(None, jnp.ones(3))) == 2 + 3 + 4
 
@@ -2606,7 +2636,7 @@ def test_hoist_leaves_effects_in_rest(ordered: bool) -> None:
     jax.effects_barrier()
     np.testing.assert_allclose(printed, [element, element], rtol=1e-6)
     np.testing.assert_allclose(counted, [element, element], rtol=1e-6)
-    # Every step gets a fresh result of the effect.
+    # Each step runs the callback again.
     np.testing.assert_allclose(results, [sum_of_z, 2 * sum_of_z], rtol=1e-6)
 
 
@@ -2667,7 +2697,9 @@ def test_hoist_warns_if_it_hoists_nothing() -> None:
     def fn(t: Any, f: Any, x: Any) -> Any:
         return jnp.sum((x + t) @ f)
 
-    with pytest.warns(UserWarning, match="^hoist") as caught:
+    with pytest.warns(
+        UserWarning, match="^hoist found nothing worth computing"
+    ) as caught:
         hoist(fn, abstract(4), BODY, BATCH)
     assert len(caught) == 1
     assert caught[0].filename == __file__  # the warning points at hoist's caller
@@ -2678,7 +2710,7 @@ def test_hoist_warns_if_it_hoists_only_reductions() -> None:
     def fn(t: Any, f: Any, x: Any) -> Any:
         return (x - x.mean(axis=0)) @ t
 
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         hoist(fn, abstract(4), BODY, BATCH)
 
 
@@ -2688,7 +2720,7 @@ def test_hoist_warns_if_the_data_are_closed_over() -> None:
     def fn(t: Any, f: Any) -> Any:
         return jnp.sum(data @ f @ t)
 
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         hoist(fn, HEAD, BODY)
 
 
@@ -2701,7 +2733,7 @@ def test_hoist_keeps_the_ids_and_warns_if_the_position_embedding_trains() -> Non
         {"table": abstract(50, 6), "w": abstract(6, 6)},
         abstract(8, dtype="int32"),
     )
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         hoist(fn, *args)
     assert kept_arrays(fn, *args) == ["int32[8]"]
 
@@ -2756,7 +2788,7 @@ def test_hoisted_functions_return_arrays() -> None:
         return {"size": len(x), "x": x, "t": t, "none": None, "hole": HOLE}
 
     x = vector(1, 2, 3)
-    with pytest.warns(UserWarning, match="^hoist"):
+    with pytest.warns(UserWarning, match="^hoist found nothing worth computing"):
         once, rest = hoist(fn, 1.0, 2.0, x)
     kept = once(2.0, x)
     assert type(kept) is tuple
@@ -3184,10 +3216,10 @@ def values_to_rebuild(
 
 
 def best_to_keep(program: Program, nbytes: list[int]) -> tuple[int, ...]:
-    """The smallest set (in bytes) of values from which `rest` can rebuild all others.
+    """The smallest set, in bytes, from which `rest` can rebuild all it needs.
 
-    Minimum cuts form a lattice, and all sizes are positive. Therefore the latest
-    minimum cut is the only one with the fewest values to rebuild.
+    Among sets of that size, the one that leaves the fewest values to rebuild. There is
+    only one, because minimum cuts form a lattice and all sizes are positive.
     """
     classes = classify(program)
     costs = {}
@@ -3480,7 +3512,7 @@ def test_init_draws_truncated_normals_scaled_by_fan_in(dtype: Any) -> None:
         assert_identical(params[layer]["b"], np.zeros(fan_out, dtype))
         w = params[layer]["w"]
         assert (w.shape, w.dtype) == ((fan_in, fan_out), dtype)
-        # A standard normal z, given that it lies between -2 and 2, has the variance
+        # A standard normal z, given that it lies between -2 and 2, has variance
         # 1 - 4 pdf(2) / P(|z| < 2) = 1 - 4 * 0.05399 / 0.95450 = 0.7737. It lies
         # between -1 and 1 with the probability 0.68269 / 0.95450 = 0.7152.
         z = np.asarray(w, np.float64) * np.sqrt(fan_in)
@@ -3673,7 +3705,7 @@ def test_loss_fn_of_more_classes_than_the_labels_have_values(labels: Any) -> Non
 @pytest.mark.parametrize(
     "count",
     [
-        # float16 ends at 65,504, and the mean loss is about 2.4.
+        # The largest finite float16 is 65,504, and the mean loss is about 2.4.
         pytest.param(28_000, id="sum of losses overflows"),
         pytest.param(70_000, id="count overflows"),
     ],
@@ -4166,7 +4198,7 @@ def test_main_of_the_file_run_as_a_script(
 def assert_main_rejects(
     capsys: pytest.CaptureFixture[str], argv: list[str], *fragments: str
 ) -> None:
-    """main exits with status 2 before training, and prints the fragments on stderr."""
+    """Asserts that main exits with status 2 before training, and what it prints."""
     with pytest.raises(SystemExit) as caught:
         minifreeze.main(argv)
     printed = capsys.readouterr()
@@ -4252,7 +4284,7 @@ def fake_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fake_matplotlib")
 def test_plot_draws_every_parameter_before_and_after(tmp_path: Path) -> None:
-    file = tmp_path / "params.PNG"  # suffixes in capitals work, too
+    file = tmp_path / "params.PNG"  # uppercase suffixes are accepted
     file.write_text("the old picture")
     minifreeze.main(["--steps", "4", "--plot", str(file)])
     assert file.read_text() == "the new picture"
