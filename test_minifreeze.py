@@ -1181,6 +1181,11 @@ def test_summary_rejects(
         summary(**parts)
 
 
+def test_summary_of_an_overlap_does_not_ask_for_missing_leaves() -> None:
+    with raises(ValueError, "'0' is in one, two", absent=["'1'", "missing"]):
+        summary(one=[1, HOLE], two=[2, HOLE])
+
+
 @given(trees_and_selections())
 def test_property_summary_counts_as_numpy_does(case: tuple[PyTree, set[Any]]) -> None:
     tree, selection = case
@@ -3008,6 +3013,19 @@ def test_hoisted_functions_reject_a_different_weak_type(
     t, f, x = args
     with raises(ValueError, fragment):
         rest(t, f, once(f, x))
+
+
+def test_rest_accepts_kept_values_that_have_lost_their_weak_type() -> None:
+    def fn(t: Any, f: Any, x: Any) -> Any:
+        return t * f, x
+
+    ones = vector(1, 1, 1)
+    once, rest = hoist_quietly(fn, ones, ones, 2.0)
+    (number,) = once(ones, 2.0)
+    assert number.weak_type
+    stored = jnp.asarray(np.asarray(number))
+    assert not stored.weak_type
+    assert_identical(rest(ones, ones, (stored,)), (ones, np.float32(2)))
 
 
 # ............................................................ property: the minimum cut
