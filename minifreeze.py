@@ -192,9 +192,9 @@ def mask(where: Where, tree: PyTree) -> PyTree:
 
 def _require_any(selection: list[bool], where: Where, tree: PyTree) -> None:
     """Raises ValueError if no leaf of a tree is selected."""
+    # An empty list is a mistake, even if the tree has no leaves to select.
     if isinstance(where, (list, tuple)) and not where:
         raise ValueError("`where` is an empty list of patterns, which selects no leaf")
-    # A tree without leaves has nothing to select.
     if selection and not any(selection):
         entries, _ = tree_flatten_with_path(tree)
         names = [repr(_name(path)) for path, _ in entries]
@@ -221,8 +221,8 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
             return _select_by_patterns(where, tree)
     # A callable container is a tree of bools, not a predicate: the mask of an Equinox
     # model is itself a callable model.
-    is_container = not all_leaves([where])
-    if callable(where) and not is_container:
+    is_leaf = all_leaves([where])
+    if callable(where) and is_leaf:
         return _select_by_predicate(where, tree)
     return _select_by_bools(where, tree)
 
@@ -459,10 +459,12 @@ def summary(**parts: PyTree) -> str:
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
     for name, nodes in zip(_row_names(parts), rows):
-        held = [(part, node) for part, node in zip(parts, nodes) if not _is_hole(node)]
-        if len(held) > 1:
+        leaves = [
+            (part, node) for part, node in zip(parts, nodes) if not _is_hole(node)
+        ]
+        if len(leaves) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
-        for part, leaf in held:
+        for part, leaf in leaves:  # one, or none
             spec = _spec(leaf)
             leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
             counts[part] += spec.count
@@ -755,7 +757,7 @@ def hoist(
     >>> [features.shape for features in kept], rest(head, body, kept).shape
     ([(5, 2)], (5,))
     """
-    traced = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
+    types = _abstract({"trainable": trainable, "frozen": frozen, "batch": batch})
     # A new lambda bypasses JAX's trace cache. A cached trace would be wrong if values
     # that fn closes over have changed.
     closed_jaxpr, out_shapes = jax.make_jaxpr(
@@ -770,7 +772,7 @@ def hoist(
     batch_ids = program.inputs[batch_start:]
 
     kept_ids = _values_to_keep(program, trainable_ids, batch_ids)
-    traced_kept = tuple(program.avals[value_id] for value_id in kept_ids)
+    kept_types = tuple(program.avals[value_id] for value_id in kept_ids)
     once_program = _subprogram(program, frozen_ids + batch_ids, kept_ids)
     rest_program = _subprogram(
         program,
@@ -781,16 +783,16 @@ def hoist(
     _warn_if_useless(once_program)
 
     def once(frozen: PyTree, *batch: PyTree) -> tuple[Array, ...]:
-        expected = {"frozen": traced["frozen"], "batch": traced["batch"]}
+        expected = {"frozen": types["frozen"], "batch": types["batch"]}
         _require_same(expected, {"frozen": frozen, "batch": batch})
         return tuple(_run(once_program, jax.tree.leaves((frozen, batch))))
 
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
-        expected = {"trainable": traced["trainable"], "frozen": traced["frozen"]}
+        expected = {"trainable": types["trainable"], "frozen": types["frozen"]}
         _require_same(expected, {"trainable": trainable, "frozen": frozen})
         # Arrays lose their weak type when they are stored. That is harmless, because
         # the trace has already resolved all type promotion.
-        _require_same({"kept": traced_kept}, {"kept": kept}, weak_types=False)
+        _require_same({"kept": kept_types}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(out_treedef, outputs)
 
@@ -897,7 +899,7 @@ def _to_program(closed_jaxpr: Any) -> _Program:
         used_outputs=[True] * len(closed_jaxpr.out_avals),
         instantiate=True,  # keep unused inputs, so that they still match the arguments
     )
-    builder = _ProgramBuilder(template=closed_jaxpr)
+    builder = _ProgramBuilder(any_jaxpr=closed_jaxpr)
     inputs = [builder.new_value(variable.aval) for variable in live_jaxpr.invars]
     outputs = builder.add(live_jaxpr, closed_jaxpr.consts, inputs)
     return _Program(
@@ -905,30 +907,14 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     )
 
 
-def _equation_function(eqn: Any, inputs: list[Any], template: Any) -> Function:
-    """Wraps one equation of a jaxpr as a function of its input variables.
-
-    The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
-    ``Primitive.bind`` instead would lose the name scope of the equation.) The
-    constructors of jaxprs differ between versions of JAX, so this copies an existing
-    jaxpr, ``template``, and replaces its inputs, outputs and equations.
-    """
-    from jax.extend.core import jaxpr_as_fun
-
-    jaxpr = template.jaxpr.replace(
-        constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn]
-    )
-    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
-
-
 class _ProgramBuilder:
     """Numbers the values of a traced function and collects its operations."""
 
-    def __init__(self, template: Any) -> None:
+    def __init__(self, any_jaxpr: Any) -> None:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        self.template = template  # see _equation_function
+        self.any_jaxpr = any_jaxpr  # which _equation_function copies
 
     def new_value(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -940,7 +926,10 @@ class _ProgramBuilder:
         return value_id
 
     def add(self, jaxpr: Any, consts: Sequence[Any], inputs: list[int]) -> list[int]:
-        """Adds the operations of a jaxpr. Takes and returns ids of values."""
+        """Adds the operations of a jaxpr. Takes and returns ids of values.
+
+        Plain jits are inlined.
+        """
         from jax.extend.core import Literal
 
         ids: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -963,7 +952,7 @@ class _ProgramBuilder:
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_equation_function(eqn, variables, template=self.template),
+                    run=_equation_function(eqn, variables, self.any_jaxpr),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     cost=_cost(eqn),
@@ -972,6 +961,22 @@ class _ProgramBuilder:
                 self.operations.append(operation)
             ids.update(zip(eqn.outvars, outputs, strict=True))
         return [id_of(atom) for atom in jaxpr.outvars]
+
+
+def _equation_function(eqn: Any, variables: list[Any], any_jaxpr: Any) -> Function:
+    """Wraps one equation of a jaxpr as a function of its input variables.
+
+    The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
+    ``Primitive.bind`` instead would lose the name scope of the equation.) The
+    constructors of jaxprs differ between versions of JAX, so this copies any existing
+    one and replaces its inputs, outputs and equations.
+    """
+    from jax.extend.core import jaxpr_as_fun
+
+    jaxpr = any_jaxpr.jaxpr.replace(
+        constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn]
+    )
+    return cast(Function, jaxpr_as_fun(any_jaxpr.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _as_jax_array(constant: Any) -> Any:
@@ -997,7 +1002,7 @@ def _cost(eqn: Any) -> _Cost:
         return _Cost.CHEAP
     if name in _REDUCTIONS:
         return _Cost.REDUCTION
-    if _is_plain_jit(eqn):  # inside a custom_jvp; all others have been inlined
+    if _is_plain_jit(eqn):  # inside a custom_jvp: _ProgramBuilder inlines all others
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
@@ -1052,17 +1057,35 @@ def _warn_if_useless(once_program: _Program) -> None:
     )
 
 
+class _Kind(enum.IntEnum):
+    """When a value can be computed; see ``hoist``."""
+
+    FIXED = 0
+    EARLY = 1
+    LATE = 2
+
+
+def _kind(operation: _Operation, kinds: Sequence[_Kind]) -> _Kind:
+    """Returns the kind of an operation's results. It is as late as its latest input.
+
+    Args:
+      operation: The operation.
+      kinds: The kind of every value, by id.
+    """
+    if operation.has_effect:
+        return _Kind.LATE
+    return max([kinds[value_id] for value_id in operation.inputs], default=_Kind.FIXED)
+
+
 def _values_to_keep(
     program: _Program, trainable: list[int], batch: list[int]
 ) -> list[int]:
-    """Returns the ids of the values to store, in ascending order.
-
-    The docstring of ``hoist`` defines late, early and fixed values.
-    """
-    late = set(trainable)
-    early = set(batch)
-    # Fixed values with a costly operation anywhere behind them.
-    costly_fixed: set[int] = set()
+    """Returns the ids of the values to store, in ascending order."""
+    kinds = [_Kind.FIXED] * len(program.avals)
+    for value_id in batch:
+        kinds[value_id] = _Kind.EARLY
+    for value_id in trainable:
+        kinds[value_id] = _Kind.LATE
     # Early values that rest needs.
     needed: set[int] = set()
     # Early values that must be stored if they are needed: the batch and costly results.
@@ -1070,27 +1093,30 @@ def _values_to_keep(
     # For every other early value, the early values that it is rebuilt from. (The cheap
     # fixed values that it also needs can be computed again.)
     rebuilt_from: dict[int, list[int]] = {}
+    # Fixed values with a costly operation anywhere behind them.
+    costly_fixed: set[int] = set()
 
     for operation in program.operations:
-        early_inputs = [value_id for value_id in operation.inputs if value_id in early]
-        reads_late = not late.isdisjoint(operation.inputs)
+        kind = _kind(operation, kinds)
+        for value_id in operation.outputs:
+            kinds[value_id] = kind
+        early_inputs = [id_ for id_ in operation.inputs if kinds[id_] is _Kind.EARLY]
+        # Repeating an operation means repeating the fixed values that it reads, too.
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
         is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed
-        if reads_late or operation.has_effect:  # late
-            late.update(operation.outputs)
+        if kind is _Kind.LATE:
             needed.update(early_inputs)
-        elif early_inputs:  # early
-            early.update(operation.outputs)
-            if is_costly:
-                cannot_rebuild.update(operation.outputs)
-            else:
-                for output in operation.outputs:
-                    rebuilt_from[output] = early_inputs
-        else:  # fixed
-            if is_costly:
-                costly_fixed.update(operation.outputs)
+        elif kind is _Kind.EARLY and is_costly:
+            cannot_rebuild.update(operation.outputs)
+        elif kind is _Kind.EARLY:
+            for value_id in operation.outputs:
+                rebuilt_from[value_id] = early_inputs
+        elif is_costly:
+            costly_fixed.update(operation.outputs)
 
-    needed.update(early.intersection(program.outputs))
+    for value_id in program.outputs:
+        if kinds[value_id] is _Kind.EARLY:
+            needed.add(value_id)
     sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
@@ -1148,16 +1174,16 @@ def _minimum_cut(
 
     # Search from one needed value at a time, which is much faster than from all of them
     # at once. When a search fails, every edge that leaves the nodes it has reached is
-    # full, so no later flow can get through them. Later searches avoid these nodes.
+    # full, so no later flow can get through them. Later searches avoid these nodes. (If
+    # a needed value is among them, its own search ends at once.)
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
-        while True:
-            came_from = _search(start, sink, residual, avoid=exhausted)
-            if sink not in came_from:
-                break
+        came_from = _search(start, sink, residual, avoid=exhausted)
+        while sink in came_from:
             _send_flow(came_from, start, sink, residual)
-        exhausted.update(came_from.keys())
+            came_from = _search(start, sink, residual, avoid=exhausted)
+        exhausted.update(came_from)
 
     cut = set()
     for value_id, end in exhausted:
@@ -1190,7 +1216,9 @@ def _search(
     residual: Mapping[_Node, Mapping[_Node, float]],
     avoid: set[_Node],
 ) -> dict[_Node, _Node]:
-    """Searches breadth first along edges with residual capacity.
+    """Searches breadth first, along edges with residual capacity.
+
+    The nodes in ``avoid`` count as visited.
 
     Returns:
       The predecessor of each node that was reached. The search ends at the goal if

@@ -136,8 +136,8 @@ HOIST = [
     ),
     Clause(
         "an operation with an effect runs once",
-        "if reads_late or operation.has_effect:",
-        "if reads_late:",
+        "    if operation.has_effect:\n        return",
+        "    if operation is None:\n        return",
     ),
     Clause(
         "ties go to the earlier value",
@@ -159,8 +159,8 @@ HOIST = [
     ),
     Clause(
         "nothing is rebuilt",
-        "            if is_costly:\n                cannot_rebuild",
-        "            if operation:\n                cannot_rebuild",
+        "elif kind is _Kind.EARLY and is_costly:",
+        "elif kind is _Kind.EARLY:",
     ),
     Clause(
         "costly results are rebuilt",
@@ -174,8 +174,8 @@ HOIST = [
     ),
     Clause(
         "outputs that only the batch makes are forgotten",
-        "needed.update(early.intersection(program.outputs))",
-        "needed.update(early.intersection(program.inputs))",
+        "    for value_id in program.outputs:\n        if kinds",
+        "    for value_id in program.inputs:\n        if kinds",
     ),
     Clause(
         "the flow is greedy: it is never sent back",
