@@ -37,7 +37,6 @@ BENCH_FIGURES = [
     "overlaps",
     "product_flops",
     "collective_bytes",
-    "row_of",
     "saves_no_work",
     "break_even",
     "limit_share",
