@@ -6,8 +6,8 @@
 # Copyright (c) 2026 the minifreeze authors
 """minifreeze: freeze part of any JAX model.
 
-Split the parameters into two trees, and merge them inside your loss function. By
-default, JAX differentiates with respect to the first argument: the trainable tree.
+Split the parameters into two trees, and merge them inside your loss function. JAX
+differentiates with respect to the first argument, so put the trainable tree first:
 
     def loss_fn(trainable, frozen, x, y):
         params = merge(trainable, frozen)
@@ -22,9 +22,9 @@ If you use the same batches in every epoch, run the frozen layers only once per 
     kept = jax.jit(once)(frozen, x, y)
     loss, grads = jax.value_and_grad(rest)(trainable, frozen, kept)
 
-The functions are stateless and never donate buffers. They accept any pytree, but
-``hoist`` requires its leaves to be arrays. Everything below the "walk-through" banner
-is an example and can be deleted.
+The functions are stateless and never donate buffers. They accept any pytree; for
+``hoist``, every leaf must be an array. Everything below the "walk-through" banner is an
+example and can be deleted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Stands in for a leaf that another part holds.
+    """Marks where a leaf was, in a part that does not contain it.
 
     A hole is a pytree node with no children, so ``grad``, ``jit`` and optimizers skip
     it.
@@ -82,7 +82,7 @@ def _is_hole(node: Any) -> bool:
     if same_name and is_dataclass(node) and not fields(node):
         raise ValueError(
             f"found a Hole from another copy of minifreeze ({type(node).__module__}): "
-            "the module was imported twice or reloaded. Split and merge with one copy"
+            "the module was imported twice or reloaded. Use one copy to split and merge"
         )
     return False
 
@@ -169,7 +169,7 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
     """
     leaves, treedef = jax.tree.flatten(tree)
     selection = _select(where, tree)
-    _require_any(selection, where, tree)
+    _require_some_selected(selection, where, tree)
     hole = Hole()
     selected = [leaf if chosen else hole for chosen, leaf in zip(selection, leaves)]
     others = [hole if chosen else leaf for chosen, leaf in zip(selection, leaves)]
@@ -186,11 +186,11 @@ def mask(where: Where, tree: PyTree) -> PyTree:
     {'a': {'b': True, 'w': False}, 'c': False}
     """
     selection = _select(where, tree)
-    _require_any(selection, where, tree)
+    _require_some_selected(selection, where, tree)
     return jax.tree.unflatten(jax.tree.structure(tree), selection)
 
 
-def _require_any(selection: list[bool], where: Where, tree: PyTree) -> None:
+def _require_some_selected(selection: list[bool], where: Where, tree: PyTree) -> None:
     """Raises ValueError if no leaf of a tree is selected."""
     # An empty list is a mistake, even if the tree has no leaves to select.
     if isinstance(where, (list, tuple)) and not where:
@@ -209,7 +209,7 @@ def _select(where: Where, tree: PyTree) -> list[bool]:
     """Returns, for each leaf in tree order, whether ``where`` selects it.
 
     It may select nothing, which ``warm_start`` allows. ``partition`` and ``mask`` rule
-    that out with ``_require_any``.
+    that out with ``_require_some_selected``.
     """
     if isinstance(where, str):
         return _select_by_patterns([where], tree)
@@ -250,11 +250,11 @@ def _matches(glob: str, name: str) -> bool:
     """Returns whether a glob matches a name or the name of a container above it.
 
     The names "head" and "head/w" become "head/" and "head/w/", and the glob "head"
-    becomes "head/*". It matches both, because * matches any text, including "/". It
-    does not match "head2/w/".
+    becomes "head/*". It matches both, because * matches any text, even none, and even
+    text with slashes. It does not match "head2/w/".
     """
     if not glob:
-        return False  # "/*" would match the empty name of a tree that is a single leaf
+        return False  # a tree that is one leaf has the empty name, which "/*" matches
     return fnmatch.fnmatchcase(f"{name}/", f"{glob}/*")
 
 
@@ -464,7 +464,7 @@ def summary(**parts: PyTree) -> str:
         ]
         if len(leaves) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
-        for part, leaf in leaves:  # one, or none
+        for part, leaf in leaves:  # at most one
             spec = _spec(leaf)
             leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
             counts[part] += spec.count
@@ -679,13 +679,13 @@ def hoist(
     ``trainable``. If every epoch uses the same batches, call ``once`` in the first
     epoch and store the results.
 
-    ``hoist`` traces ``fn`` and divides its intermediate values into three classes:
+    ``hoist`` traces ``fn`` and divides its intermediate values into three kinds:
 
     * late: depends on a trainable leaf, or comes from an operation with an effect.
       ``rest`` computes it in every step.
     * early: depends on the batch and is not late. ``once`` can compute it.
     * fixed: depends only on frozen leaves and constants. ``once`` never stores it,
-      because it would be stored again for every batch. If ``rest`` needs such a
+      because every batch would store another copy. If ``rest`` needs such a
       value, it computes it in every step.
 
     ``rest`` needs the early values that late operations read or that ``fn`` returns.
@@ -697,7 +697,7 @@ def hoist(
     For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
     and its ``tanh`` are early; the matrix product is costly, and the ``tanh`` is cheap.
     The product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing
-    ``x @ body`` would take as many bytes, so ``hoist`` stores the ``tanh``, which
+    ``x @ body`` would take just as many bytes, so ``hoist`` stores the ``tanh``, which
     leaves ``rest`` less work. If ``fn`` cast the ``tanh`` to a wider dtype before the
     product with ``head``, ``hoist`` would still store the narrower ``tanh``, and
     ``rest`` would repeat the cast in every step.
@@ -706,19 +706,19 @@ def hoist(
     transposes, ...) and random bits. All others are costly: matrix products,
     convolutions, reductions, sorts, ... Details:
 
-    * With two exceptions, an operation that wraps a function is never split and counts
-      as costly: ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``custom_vjp``,
-      ``shard_map``, and a ``jit`` with shardings. A ``scan`` over the layers of a model
-      is late if one of the layers is trainable. The exceptions: a ``jit`` without
-      shardings is inlined, and a ``custom_jvp`` is cheap if everything in it is cheap.
+    * A ``jit`` without shardings is inlined, and a ``custom_jvp`` is cheap if
+      everything in it is cheap. Any other operation that wraps a function is never
+      split and counts as costly: ``scan``, ``while_loop``, ``cond``, ``checkpoint``,
+      ``custom_vjp``, ``shard_map``, and a ``jit`` with shardings. For example, a
+      ``scan`` over the layers of a model is late if one of the layers is trainable.
     * If ``rest`` needs a costly early value, ``once`` stores it or something computed
       from it, even if the stored value is larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
     * In every step, ``rest`` computes the fixed values that it needs, even if they are
       costly. To avoid that, compute them yourself and pass them as part of ``frozen``.
-    * A cheap operation that combines an early value with a costly fixed value (one that
-      takes a costly operation to compute) counts as costly. For example,
+    * A cheap operation on an early value counts as costly if it also reads a fixed
+      value that needs a costly operation. For example,
       ``(embeddings @ projection)[ids]`` is stored, because to rebuild it, ``rest``
       would have to repeat the matrix product.
 
@@ -893,13 +893,13 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. For example, a trainable leaf that a scan carries but never uses
-    # would make the whole scan late. All constants remain, used or not.
+    # would make the whole scan late. The constvars stay, and still match the consts.
     live_jaxpr, _ = dce_jaxpr(
         closed_jaxpr.jaxpr,
         used_outputs=[True] * len(closed_jaxpr.out_avals),
         instantiate=True,  # keep unused inputs, so that they still match the arguments
     )
-    builder = _ProgramBuilder(any_jaxpr=closed_jaxpr)
+    builder = _ProgramBuilder(template=closed_jaxpr)
     inputs = [builder.new_value(variable.aval) for variable in live_jaxpr.invars]
     outputs = builder.add(live_jaxpr, closed_jaxpr.consts, inputs)
     return _Program(
@@ -910,11 +910,12 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 class _ProgramBuilder:
     """Numbers the values of a traced function and collects its operations."""
 
-    def __init__(self, any_jaxpr: Any) -> None:
+    def __init__(self, template: Any) -> None:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        self.any_jaxpr = any_jaxpr  # which _equation_function copies
+        # Any ClosedJaxpr. _equation_function copies it to build jaxprs of one equation.
+        self.template = template
 
     def new_value(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -936,23 +937,23 @@ class _ProgramBuilder:
         for variable, constant in zip(jaxpr.constvars, consts, strict=True):
             ids[variable] = self.new_constant(variable.aval, _as_jax_array(constant))
 
-        def id_of(atom: Any) -> int:
+        def id_or_new_constant(atom: Any) -> int:
             if isinstance(atom, Literal):
                 return self.new_constant(atom.aval, atom.val)
             return ids[atom]
 
         for eqn in jaxpr.eqns:
+            # An inlined body takes literals as inputs, so they need ids. Any other
+            # equation keeps its literals, and its inputs are the variables.
             if _is_plain_jit(eqn):
-                # The body has an input for each literal, so literals need ids, too.
                 body = eqn.params["jaxpr"]
-                arguments = [id_of(atom) for atom in eqn.invars]
+                arguments = [id_or_new_constant(atom) for atom in eqn.invars]
                 outputs = self.add(body.jaxpr, body.consts, arguments)
             else:
-                # The equation keeps its literals, so its inputs are the variables.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_equation_function(eqn, variables, self.any_jaxpr),
+                    run=_equation_function(eqn, variables, self.template),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     cost=_cost(eqn),
@@ -960,27 +961,27 @@ class _ProgramBuilder:
                 )
                 self.operations.append(operation)
             ids.update(zip(eqn.outvars, outputs, strict=True))
-        return [id_of(atom) for atom in jaxpr.outvars]
+        return [id_or_new_constant(atom) for atom in jaxpr.outvars]
 
 
-def _equation_function(eqn: Any, variables: list[Any], any_jaxpr: Any) -> Function:
+def _equation_function(eqn: Any, variables: list[Any], template: Any) -> Function:
     """Wraps one equation of a jaxpr as a function of its input variables.
 
     The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
     ``Primitive.bind`` instead would lose the name scope of the equation.) The
-    constructors of jaxprs differ between versions of JAX, so this copies any existing
-    one and replaces its inputs, outputs and equations.
+    constructors of jaxprs differ between versions of JAX, so this copies an existing
+    jaxpr, ``template``, and replaces its inputs, outputs and equations.
     """
     from jax.extend.core import jaxpr_as_fun
 
-    jaxpr = any_jaxpr.jaxpr.replace(
+    jaxpr = template.jaxpr.replace(
         constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn]
     )
-    return cast(Function, jaxpr_as_fun(any_jaxpr.replace(jaxpr=jaxpr, consts=[])))
+    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy constant. A custom derivative rule may call ``.at`` on it."""
+    """Converts a NumPy constant, because a custom derivative rule may use ``.at``."""
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
     with jax.ensure_compile_time_eval():  # a concrete array, even under a trace
@@ -1002,7 +1003,7 @@ def _cost(eqn: Any) -> _Cost:
         return _Cost.CHEAP
     if name in _REDUCTIONS:
         return _Cost.REDUCTION
-    if _is_plain_jit(eqn):  # inside a custom_jvp: _ProgramBuilder inlines all others
+    if _is_plain_jit(eqn):  # reached only by the recursion below: others are inlined
         body = eqn.params["jaxpr"]
     elif name == "custom_jvp_call":  # such as jax.nn.relu
         body = eqn.params["call_jaxpr"]
@@ -1088,19 +1089,22 @@ def _values_to_keep(
         kinds[value_id] = _Kind.LATE
     # Early values that rest needs.
     needed: set[int] = set()
-    # Early values that must be stored if they are needed: the batch and costly results.
+    # Early values that cannot be rebuilt from others: the batch and costly results.
     cannot_rebuild = set(batch)
     # For every other early value, the early values that it is rebuilt from. (The cheap
     # fixed values that it also needs can be computed again.)
     rebuilt_from: dict[int, list[int]] = {}
-    # Fixed values with a costly operation anywhere behind them.
+    # Fixed values that take at least one costly operation to compute.
     costly_fixed: set[int] = set()
 
     for operation in program.operations:
         kind = _kind(operation, kinds)
         for value_id in operation.outputs:
             kinds[value_id] = kind
-        early_inputs = [id_ for id_ in operation.inputs if kinds[id_] is _Kind.EARLY]
+        early_inputs = []
+        for value_id in operation.inputs:
+            if kinds[value_id] is _Kind.EARLY:
+                early_inputs.append(value_id)
         # Repeating an operation means repeating the fixed values that it reads, too.
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
         is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed
@@ -1111,7 +1115,7 @@ def _values_to_keep(
         elif kind is _Kind.EARLY:
             for value_id in operation.outputs:
                 rebuilt_from[value_id] = early_inputs
-        elif is_costly:
+        elif kind is _Kind.FIXED and is_costly:
             costly_fixed.update(operation.outputs)
 
     for value_id in program.outputs:
@@ -1173,9 +1177,9 @@ def _minimum_cut(
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
     # Search from one needed value at a time, which is much faster than from all of them
-    # at once. When a search fails, every edge that leaves the nodes it has reached is
-    # full, so no later flow can get through them. Later searches avoid these nodes. (If
-    # a needed value is among them, its own search ends at once.)
+    # at once. When a search fails, every edge from the nodes that it reached to other
+    # nodes is full. Flow that enters these nodes could never get to the sink, so later
+    # searches avoid them. (If a needed value is among them, its search ends at once.)
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
@@ -1478,7 +1482,7 @@ def dataset(
 
     Args:
       key: A JAX random key.
-      num_records: The number of records, each of which is one batch.
+      num_records: The number of batches.
       batch_size: The number of distinct examples in each batch.
       num_classes: Numbers are drawn from 0, ..., num_classes - 1.
 
