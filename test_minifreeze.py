@@ -977,6 +977,14 @@ def test_merge_rejects_different_structures(
         merge(*parts, partial=partial)
 
 
+def test_merge_shows_80_characters_of_each_structure() -> None:
+    with pytest.raises(ValueError, match="the structures differ") as caught:
+        merge([[1], 30 * [1]], [(HOLE,), 30 * [HOLE]])
+    _, first, _, second, _ = str(caught.value).split("..")
+    assert first == "PyTreeDef([[*], [" + 21 * "*, "
+    assert second == "PyTreeDef([(*,), [" + 20 * "*, " + "*,"
+
+
 def test_merge_lists_ten_leaves_at_most() -> None:
     with raises(ValueError, "'0', '1',", "'9'", "11 in all", absent=["'10'"]):
         merge([HOLE] * 11)
@@ -3718,6 +3726,13 @@ def test_loss_fn_of_more_classes_than_the_labels_have_values(labels: Any) -> Non
     loss = jax.jit(loss_fn)(*partition("*", params), INPUTS[:3], labels)
     want = numpy_loss(params, INPUTS[:3], labels.astype(np.int64))
     np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strict_setting", ["x64"], indirect=True)
+@pytest.mark.usefixtures("strict_setting")
+def test_loss_fn_does_not_shorten_labels_of_64_bits() -> None:
+    out_of_range = LABELS.astype(np.int64) + 2**32
+    assert loss_fn(*partition("*", PARAMS), INPUTS, out_of_range) == 0
 
 
 @pytest.mark.parametrize(
