@@ -432,7 +432,8 @@ def summary(**parts: PyTree) -> str:
     Returns:
       A string with one row per leaf, in tree order, and one row per part. ``count`` is
       the number of elements, and ``share`` is the percentage of all elements. Abstract
-      arrays are counted like arrays. A leaf that is not an array counts as 0 elements.
+      arrays are counted like arrays, and a Python number counts as one element. Any
+      other leaf counts as 0 elements.
 
     Raises:
       ValueError: If several parts hold a leaf, if the parts differ in structure, or if
@@ -464,11 +465,13 @@ def summary(**parts: PyTree) -> str:
         ]
         if len(leaves) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
-        for part, leaf in leaves:  # at most one
-            spec = _spec(leaf)
-            leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
-            counts[part] += spec.count
-            sizes[part] += spec.bytes
+        if not leaves:
+            continue
+        [(part, leaf)] = leaves
+        spec = _spec(leaf)
+        leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
+        counts[part] += spec.count
+        sizes[part] += spec.bytes
 
     counts["total"] = sum(counts.values())
     sizes["total"] = sum(sizes.values())
@@ -690,9 +693,9 @@ def hoist(
 
     ``rest`` needs the early values that late operations read or that ``fn`` returns.
     ``once`` stores enough values for ``rest`` to rebuild all of these with cheap
-    operations only. Of all sufficient sets, ``hoist`` picks the one with the fewest
-    bytes: a minimum cut. If several sets tie, it picks the one that leaves ``rest`` the
-    least work.
+    operations and fixed values only. Of all sufficient sets, ``hoist`` picks the one
+    with the fewest bytes: a minimum cut. If several sets tie, it picks the one that
+    leaves ``rest`` the least work.
 
     For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
     and its ``tanh`` are early; the matrix product is costly, and the ``tanh`` is cheap.
@@ -711,14 +714,15 @@ def hoist(
       split and counts as costly: ``scan``, ``while_loop``, ``cond``, ``checkpoint``,
       ``custom_vjp``, ``shard_map``, and a ``jit`` with shardings. For example, a
       ``scan`` over the layers of a model is late if one of the layers is trainable.
-    * If ``rest`` needs a costly early value, ``once`` stores it or something computed
-      from it, even if the stored value is larger than the batch, as in ``x @ x.T``.
+    * ``rest`` never repeats a costly early operation. If a needed value depends on one,
+      ``once`` stores its result or a value further along the way, even if that is
+      larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
     * In every step, ``rest`` computes the fixed values that it needs, even if they are
       costly. To avoid that, compute them yourself and pass them as part of ``frozen``.
-    * A cheap operation on an early value counts as costly if it also reads a fixed
-      value that needs a costly operation. For example,
+    * A cheap operation on an early value counts as costly if repeating it would also
+      repeat a costly operation on fixed values. For example,
       ``(embeddings @ projection)[ids]`` is stored, because to rebuild it, ``rest``
       would have to repeat the matrix product.
 
@@ -893,7 +897,8 @@ def _to_program(closed_jaxpr: Any) -> _Program:
     from jax.interpreters.partial_eval import dce_jaxpr
 
     # Remove dead code. For example, a trainable leaf that a scan carries but never uses
-    # would make the whole scan late. The constvars stay, and still match the consts.
+    # would make the whole scan late. dce_jaxpr keeps all constvars, so they still match
+    # the consts.
     live_jaxpr, _ = dce_jaxpr(
         closed_jaxpr.jaxpr,
         used_outputs=[True] * len(closed_jaxpr.out_avals),
@@ -914,7 +919,8 @@ class _ProgramBuilder:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        # Any ClosedJaxpr. _equation_function copies it to build jaxprs of one equation.
+        # Any ClosedJaxpr. Jaxpr constructors differ between versions of JAX, so
+        # _equation_function copies this one to build jaxprs of one equation.
         self.template = template
 
     def new_value(self, aval: Any) -> int:
@@ -943,13 +949,13 @@ class _ProgramBuilder:
             return ids[atom]
 
         for eqn in jaxpr.eqns:
-            # An inlined body takes literals as inputs, so they need ids. Any other
-            # equation keeps its literals, and its inputs are the variables.
             if _is_plain_jit(eqn):
+                # The body binds every argument, so a literal becomes a constant.
                 body = eqn.params["jaxpr"]
                 arguments = [id_or_new_constant(atom) for atom in eqn.invars]
                 outputs = self.add(body.jaxpr, body.consts, arguments)
             else:
+                # Literals stay inside the equation; only variables are passed.
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
@@ -1067,7 +1073,7 @@ class _Kind(enum.IntEnum):
 
 
 def _kind(operation: _Operation, kinds: Sequence[_Kind]) -> _Kind:
-    """Returns the kind of an operation's results. It is as late as its latest input.
+    """Returns the kind of an operation's results: as late as its latest input.
 
     Args:
       operation: The operation.
@@ -1178,8 +1184,8 @@ def _minimum_cut(
 
     # Search from one needed value at a time, which is much faster than from all of them
     # at once. When a search fails, every edge from the nodes that it reached to other
-    # nodes is full. Flow that enters these nodes could never get to the sink, so later
-    # searches avoid them. (If a needed value is among them, its search ends at once.)
+    # nodes is full. Later searches avoid the nodes that were reached, so these edges
+    # stay full. (If a needed value is among these nodes, its search ends at once.)
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
@@ -1189,6 +1195,7 @@ def _minimum_cut(
             came_from = _search(start, sink, residual, avoid=exhausted)
         exhausted.update(came_from)
 
+    # Flow can still enter the pipes in the cut, but not leave them: they are full.
     cut = set()
     for value_id, end in exhausted:
         if end == "in" and (value_id, "out") not in exhausted:
