@@ -682,32 +682,35 @@ def hoist(
     ``trainable``. If every epoch uses the same batches, call ``once`` in the first
     epoch and store the results.
 
-    ``hoist`` traces ``fn`` and divides its intermediate values into three kinds:
+    The rule: ``rest`` may repeat cheap operations, and any work on frozen leaves and
+    constants alone, but never a costly operation on the batch. Subject to that,
+    ``once`` stores the fewest bytes: a minimum cut. If several sets of values tie, it
+    stores the one that leaves ``rest`` the least work.
+
+    Cheap operations are elementwise functions, casts, data movement (slices, gathers,
+    transposes, ...) and random bits. All others are costly: matrix products,
+    convolutions, reductions, sorts, ...
+
+    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``rest`` must
+    compute the product with ``head``, for which it needs the ``tanh``. To compute the
+    ``tanh`` itself, it would need ``x @ body``, which has just as many bytes. So
+    ``once`` stores the ``tanh``, which leaves ``rest`` less work. If ``fn`` cast the
+    ``tanh`` to a wider dtype before the product with ``head``, ``once`` would still
+    store the narrower ``tanh``, and ``rest`` would repeat the cast in every step.
+
+    In detail, ``hoist`` traces ``fn`` and divides its intermediate values into three
+    kinds:
 
     * late: depends on a trainable leaf, or comes from an operation with an effect.
       ``rest`` computes it in every step.
     * early: depends on the batch and is not late. ``once`` can compute it.
     * fixed: depends only on frozen leaves and constants. ``once`` never stores it,
-      because every batch would store another copy. If ``rest`` needs such a
-      value, it computes it in every step.
+      because every batch would store another copy. If ``rest`` needs such a value, it
+      computes it in every step, even if it is costly. To avoid that, compute it
+      yourself and pass it as part of ``frozen``.
 
-    ``rest`` needs the early values that late operations read or that ``fn`` returns.
-    ``once`` stores enough values for ``rest`` to rebuild all of these with cheap
-    operations and fixed values only. Of all sufficient sets, ``hoist`` picks the one
-    with the fewest bytes: a minimum cut. If several sets tie, it picks the one that
-    leaves ``rest`` the least work.
-
-    For example, take ``tanh(x @ body) @ head`` with a trainable ``head``. ``x @ body``
-    and its ``tanh`` are early; the matrix product is costly, and the ``tanh`` is cheap.
-    The product with ``head`` is late, so ``rest`` needs the ``tanh``. Storing
-    ``x @ body`` would take just as many bytes, so ``hoist`` stores the ``tanh``, which
-    leaves ``rest`` less work. If ``fn`` cast the ``tanh`` to a wider dtype before the
-    product with ``head``, ``hoist`` would still store the narrower ``tanh``, and
-    ``rest`` would repeat the cast in every step.
-
-    Cheap operations are elementwise functions, casts, data movement (slices, gathers,
-    transposes, ...) and random bits. All others are costly: matrix products,
-    convolutions, reductions, sorts, ... Details:
+    ``rest`` needs the early values that late operations read or that ``fn`` returns. It
+    must be able to rebuild all of them from what ``once`` stores. Note that:
 
     * A ``jit`` without shardings is inlined, and a ``custom_jvp`` is cheap if
       everything in it is cheap. Any other operation that wraps a function is never
@@ -719,8 +722,6 @@ def hoist(
       larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
-    * In every step, ``rest`` computes the fixed values that it needs, even if they are
-      costly. To avoid that, compute them yourself and pass them as part of ``frozen``.
     * A cheap operation on an early value counts as costly if repeating it would also
       repeat a costly operation on fixed values. For example,
       ``(embeddings @ projection)[ids]`` is stored, because to rebuild it, ``rest``
