@@ -460,14 +460,12 @@ def summary(**parts: PyTree) -> str:
     counts = dict.fromkeys(parts, 0)
     sizes = dict.fromkeys(parts, 0)  # bytes
     for name, nodes in zip(_row_names(parts), rows):
-        leaves = [
-            (part, node) for part, node in zip(parts, nodes) if not _is_hole(node)
-        ]
-        if len(leaves) > 1:
+        held = [(part, node) for part, node in zip(parts, nodes) if not _is_hole(node)]
+        if len(held) > 1:
             raise ValueError(_merge_error(parts, rows, partial=True))
-        if not leaves:
+        if not held:
             continue
-        [(part, leaf)] = leaves
+        [(part, leaf)] = held
         spec = _spec(leaf)
         leaf_rows.append((name, spec.shape, spec.dtype, spec.count, part))
         counts[part] += spec.count
@@ -682,10 +680,10 @@ def hoist(
     ``trainable``. If every epoch uses the same batches, call ``once`` in the first
     epoch and store the results.
 
-    The rule: ``rest`` may repeat cheap operations, and any work on frozen leaves and
-    constants alone, but never a costly operation on the batch. Subject to that,
-    ``once`` stores the fewest bytes: a minimum cut. If several sets of values tie, it
-    stores the one that leaves ``rest`` the least work.
+    The rule: ``once`` stores values from which ``rest`` can rebuild, by cheap
+    operations alone, all that it needs of the work on the batch. Of all such sets of
+    values, ``once`` stores the one with the fewest bytes: a minimum cut. If several
+    sets tie, it stores the one that leaves ``rest`` the least work.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly: matrix products,
@@ -718,7 +716,7 @@ def hoist(
       ``custom_vjp``, ``shard_map``, and a ``jit`` with shardings. For example, a
       ``scan`` over the layers of a model is late if one of the layers is trainable.
     * ``rest`` never repeats a costly early operation. If a needed value depends on one,
-      ``once`` stores its result or a value further along the way, even if that is
+      ``once`` stores its result or a value computed from it, even if that is
       larger than the batch, as in ``x @ x.T``.
     * Cheap operations count as free: ``rest`` will repeat any number of them to save a
       single stored byte.
@@ -905,7 +903,7 @@ def _to_program(closed_jaxpr: Any) -> _Program:
         used_outputs=[True] * len(closed_jaxpr.out_avals),
         instantiate=True,  # keep unused inputs, so that they still match the arguments
     )
-    builder = _ProgramBuilder(template=closed_jaxpr)
+    builder = _ProgramBuilder(jaxpr_to_copy=closed_jaxpr)
     inputs = [builder.new_value(variable.aval) for variable in live_jaxpr.invars]
     outputs = builder.add(live_jaxpr, closed_jaxpr.consts, inputs)
     return _Program(
@@ -916,13 +914,11 @@ def _to_program(closed_jaxpr: Any) -> _Program:
 class _ProgramBuilder:
     """Numbers the values of a traced function and collects its operations."""
 
-    def __init__(self, template: Any) -> None:
+    def __init__(self, jaxpr_to_copy: Any) -> None:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        # Any ClosedJaxpr. Jaxpr constructors differ between versions of JAX, so
-        # _equation_function copies this one to build jaxprs of one equation.
-        self.template = template
+        self.jaxpr_to_copy = jaxpr_to_copy  # for _equation_function; any will do
 
     def new_value(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -934,7 +930,7 @@ class _ProgramBuilder:
         return value_id
 
     def add(self, jaxpr: Any, consts: Sequence[Any], inputs: list[int]) -> list[int]:
-        """Adds the operations of a jaxpr. Takes and returns ids of values.
+        """Adds the operations of a jaxpr. The inputs and the result are ids of values.
 
         Plain jits are inlined.
         """
@@ -960,7 +956,7 @@ class _ProgramBuilder:
                 variables = [var for var in eqn.invars if not isinstance(var, Literal)]
                 outputs = [self.new_value(variable.aval) for variable in eqn.outvars]
                 operation = _Operation(
-                    run=_equation_function(eqn, variables, self.template),
+                    run=_equation_function(eqn, variables, self.jaxpr_to_copy),
                     inputs=[ids[variable] for variable in variables],
                     outputs=outputs,
                     cost=_cost(eqn),
@@ -971,20 +967,20 @@ class _ProgramBuilder:
         return [id_or_new_constant(atom) for atom in jaxpr.outvars]
 
 
-def _equation_function(eqn: Any, variables: list[Any], template: Any) -> Function:
+def _equation_function(eqn: Any, variables: list[Any], jaxpr_to_copy: Any) -> Function:
     """Wraps one equation of a jaxpr as a function of its input variables.
 
     The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
     ``Primitive.bind`` instead would lose the name scope of the equation.) The
     constructors of jaxprs differ between versions of JAX, so this copies an existing
-    jaxpr, ``template``, and replaces its inputs, outputs and equations.
+    jaxpr and replaces its inputs, outputs and equations. (An input may occur twice.)
     """
     from jax.extend.core import jaxpr_as_fun
 
-    jaxpr = template.jaxpr.replace(
+    jaxpr = jaxpr_to_copy.jaxpr.replace(
         constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn]
     )
-    return cast(Function, jaxpr_as_fun(template.replace(jaxpr=jaxpr, consts=[])))
+    return cast(Function, jaxpr_as_fun(jaxpr_to_copy.replace(jaxpr=jaxpr, consts=[])))
 
 
 def _as_jax_array(constant: Any) -> Any:
@@ -1074,7 +1070,9 @@ class _Kind(enum.IntEnum):
 
 
 def _kind(operation: _Operation, kinds: Sequence[_Kind]) -> _Kind:
-    """Returns the kind of an operation's results: as late as its latest input.
+    """Returns the kind of an operation's results.
+
+    They are as late as the latest input, or late if the operation has an effect.
 
     Args:
       operation: The operation.
@@ -1154,9 +1152,9 @@ def _minimum_cut(
     If there are several, this function returns the one nearest to the needed values.
 
     The largest possible flow equals the capacity of a minimum cut. So send as much flow
-    as possible, and block each full pipe that further flow could still enter. This is
-    the method of Ford and Fulkerson, "Maximal flow through a network" (1956), with the
-    shortest paths of Edmonds and Karp (1972). PyTorch's
+    as possible, and block each pipe that further flow could enter but not leave. This
+    is the method of Ford and Fulkerson, "Maximal flow through a network" (1956), with
+    the shortest paths of Edmonds and Karp (1972). PyTorch's
     ``min_cut_rematerialization_partition`` uses the same idea to choose what to store
     between the forward and the backward pass.
 
@@ -1184,9 +1182,9 @@ def _minimum_cut(
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
     # Search from one needed value at a time, which is much faster than from all of them
-    # at once. When a search fails, every edge from the nodes that it reached to other
-    # nodes is full. Later searches avoid the nodes that were reached, so these edges
-    # stay full. (If a needed value is among these nodes, its search ends at once.)
+    # at once. When a search fails, no edge with spare capacity leaves the nodes that it
+    # reached. Later searches never enter these nodes, so they cannot free those edges.
+    # In the end, the nodes reached are the side of the minimum cut where flow enters.
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
@@ -1216,6 +1214,7 @@ def _send_flow(
     while node != start:
         path.append((came_from[node], node))
         node = came_from[node]
+    # Every path crosses a pipe, so the flow is finite.
     flow = min(residual[tail][head] for tail, head in path)
     for tail, head in path:
         residual[tail][head] -= flow
