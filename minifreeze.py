@@ -62,7 +62,7 @@ Where: TypeAlias = str | Sequence[str] | Predicate | PyTree  # see partition
 @register_dataclass
 @dataclass(frozen=True)
 class Hole:
-    """Marks where a leaf was, in a part that does not contain it.
+    """A placeholder for a leaf that another part holds.
 
     A hole is a pytree node with no children, so ``grad``, ``jit`` and optimizers skip
     it.
