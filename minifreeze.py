@@ -1182,9 +1182,9 @@ def _minimum_cut(
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
     # Search from one needed value at a time, which is much faster than from all of them
-    # at once. When a search fails, no edge with spare capacity leaves the nodes that it
-    # reached. Later searches never enter these nodes, so they cannot free those edges.
-    # In the end, the nodes reached are the side of the minimum cut where flow enters.
+    # at once. When a search fails, no edge with spare capacity leads out of the nodes
+    # that were reached so far. Later searches never enter these nodes, so the edges out
+    # of them stay full. In the end, flow enters the minimum cut from these nodes.
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")

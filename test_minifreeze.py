@@ -394,8 +394,9 @@ def test_holes_are_equal_hashable_and_immutable() -> None:
     others: list[Any] = [None, (), {}, 0, False]
     assert HOLE not in others
     assert repr(HOLE) == "Hole()"
+    hole: Any = HOLE
     with pytest.raises(AttributeError):
-        HOLE.value = 1  # type: ignore[attr-defined]  # the assignment must fail
+        hole.value = 1
 
 
 def test_hole_is_a_node_without_leaves() -> None:
