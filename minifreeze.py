@@ -191,7 +191,7 @@ def mask(where: Where, tree: PyTree) -> PyTree:
 
 
 def _require_some_selected(selection: list[bool], where: Where, tree: PyTree) -> None:
-    """Raises ValueError if no leaf of a tree is selected."""
+    """Raises ValueError if a tree has leaves, but none of them is selected."""
     # An empty list is a mistake, even if the tree has no leaves to select.
     if isinstance(where, (list, tuple)) and not where:
         raise ValueError("`where` is an empty list of patterns, which selects no leaf")
@@ -375,7 +375,8 @@ def merge(*parts: T, partial: bool = False) -> T:
 
     Raises:
       ValueError: If several parts hold a leaf, if no part holds it and ``partial`` is
-        False, or if the parts differ in structure. The message names the leaves.
+        False, or if the parts differ in structure. The message names the leaves
+        or shows the structures.
       TypeError: If there are no parts.
 
     >>> merge({"a": Hole(), "b": 2}, {"a": 1, "b": Hole()})
@@ -634,7 +635,7 @@ def _is_none(node: Any) -> bool:
 
 # -------------------------------------------------------------------------------- hoist
 
-# Primitives that rest may repeat to save memory. Most of them take about as long as
+# Primitives that ``rest`` may repeat to save memory. Most of them take about as long as
 # reading the result from memory. Special functions and random bits are slower, but
 # still much cheaper than a matrix product.
 _ELEMENTWISE = """
@@ -681,7 +682,7 @@ def hoist(
     epoch and store the results.
 
     The rule: ``once`` stores values from which ``rest`` can rebuild, by cheap
-    operations alone, all that it needs of the work on the batch. Of all such sets of
+    operations alone, every batch-dependent value that it needs. Of all such sets of
     values, ``once`` stores the one with the fewest bytes: a minimum cut. If several
     sets tie, it stores the one that leaves ``rest`` the least work.
 
@@ -743,7 +744,8 @@ def hoist(
         the result of ``once``.
 
       Both raise ValueError if an argument differs in structure, shape, dtype or weak
-      type from the one that ``hoist`` traced. The weak types of ``kept`` do not matter.
+      type from the one that ``hoist`` traced, and TypeError if a leaf is not an array.
+      The weak types of ``kept`` do not matter.
 
     Raises:
       TypeError: If a leaf of an argument is not an array. Python numbers and
@@ -793,8 +795,8 @@ def hoist(
     def rest(trainable: PyTree, frozen: PyTree, kept: tuple[Array, ...]) -> Any:
         expected = {"trainable": types["trainable"], "frozen": types["frozen"]}
         _require_same(expected, {"trainable": trainable, "frozen": frozen})
-        # Arrays lose their weak type when they are stored. That is harmless, because
-        # the trace has already resolved all type promotion.
+        # Arrays may lose their weak type when they are stored. That is harmless,
+        # because the trace has already resolved all type promotion.
         _require_same({"kept": kept_types}, {"kept": kept}, weak_types=False)
         outputs = _run(rest_program, jax.tree.leaves((trainable, frozen, kept)))
         return jax.tree.unflatten(out_treedef, outputs)
@@ -803,7 +805,7 @@ def hoist(
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    """Replaces every array with its shape and dtype.
+    """Replaces every array with its shape, dtype and weak type.
 
     Raises:
       TypeError: If a leaf is not an array.
@@ -887,7 +889,7 @@ class _Program:
     operations: list[_Operation]
     outputs: list[int]
     constants: dict[int, Any]  # by id
-    avals: list[Any]  # the shape and dtype of every value
+    avals: list[Any]  # the shape, dtype and weak type of every value
 
 
 def _to_program(closed_jaxpr: Any) -> _Program:
@@ -973,7 +975,8 @@ def _equation_function(eqn: Any, variables: list[Any], jaxpr_to_copy: Any) -> Fu
     The function runs a jaxpr that has only this equation, as JAX itself would. (Calling
     ``Primitive.bind`` instead would lose the name scope of the equation.) The
     constructors of jaxprs differ between versions of JAX, so this copies an existing
-    jaxpr and replaces its inputs, outputs and equations. (An input may occur twice.)
+    jaxpr and replaces its constants, inputs, outputs and equations. ``x * x`` lists
+    ``x`` twice in ``variables``, which does no harm.
     """
     from jax.extend.core import jaxpr_as_fun
 
@@ -1039,7 +1042,9 @@ def _subprogram(
     If ``keep_effects`` is True, this includes all operations that have an effect.
     """
     given = set(inputs)
-    live = set(outputs) - given  # values that the chosen operations must compute
+    live = (
+        set(outputs) - given
+    )  # values that the outputs and the chosen operations need
     operations = []
     for operation in reversed(program.operations):
         is_live = not live.isdisjoint(operation.outputs)
@@ -1184,7 +1189,7 @@ def _minimum_cut(
     # Search from one needed value at a time, which is much faster than from all of them
     # at once. When a search fails, no edge with spare capacity leads out of the nodes
     # that were reached so far. Later searches never enter these nodes, so the edges out
-    # of them stay full. In the end, flow enters the minimum cut from these nodes.
+    # of them stay full. (If a needed value is one of them, its search finds nothing.)
     exhausted: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
@@ -1360,8 +1365,8 @@ def loss_fn(trainable: PyTree, frozen: PyTree, x: Array, y: Array) -> Array:
         0, ..., out - 1 adds zero to the sum but still counts in the mean.
 
     Returns:
-      A scalar with the dtype of the logits. Logits narrower than 32 bits are summed
-      in float32.
+      A scalar with the dtype of the logits. For logits narrower than 32 bits, the sum
+      is taken in float32.
 
     Raises:
       TypeError: If the labels are not integers.
@@ -1466,7 +1471,8 @@ def train(
       The new trainable part and the losses, of shape (steps,).
 
     Raises:
-      ValueError: If the shapes do not match. ``train_step`` lists the other errors.
+      ValueError: If the shapes do not match. For other errors see ``loss_fn`` and
+        ``sgd_step``.
     """
     if xs.ndim < 3 or xs.shape[:-1] != ys.shape:
         raise ValueError(
