@@ -13,6 +13,9 @@
 The benchmark comes first: the methods, the check that all of them take the same step,
 the timing, the main table and main(). Below the banner: optimizers, compiler
 statistics, several devices, other tables, your own model, options and output.
+
+"Features" are what hoist computes once per batch and stores: the intermediate values
+that depend only on frozen parameters and the batch.
 """
 
 from __future__ import annotations
@@ -66,14 +69,36 @@ import minifreeze as mf
 
 Tree = Any  # a pytree of arrays, or of their shapes
 Function = Callable[..., Any]
+Row = dict[str, Any]  # of a table, as in the JSON file; an unknown figure is None
+Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
 Key = TypeVar("Key", bound=Hashable)
 
 SAMPLE_S = 0.05  # minimum duration of a sample; most take up to twice as long
 MAX_CALLS = 10_000  # per sample
-PEAK_VECTOR_BYTES = 2**28  # larger than the caches of most CPUs and GPUs
 
 
 # ------------------------------------------------------------------- what is measured
+@dataclass(frozen=True)
+class Problem:
+    """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects.
+
+    The loss must be a mean over the rows of the batch. On n devices, the one-device
+    batch is repeated n times, so a correct step produces the same update.
+    """
+
+    name: str
+    where: str | Sequence[str]  # patterns
+    loss: Function
+    params: Tree  # arrays; shapes if the problem is only compiled
+    batch: tuple[Tree, ...]
+    batch_rows: int  # on one device
+    tokens: int | None = None  # per row, if the batch is token ids
+    sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
+    optimizer: Any = None  # the optax optimizer that your own model returned, if any
+    mesh: Mesh | None = None  # the devices on which spread() has put it
+    sharded: bool = False  # whether each parameter is split over the mesh
+
+
 @dataclass(frozen=True)
 class Case:
     """What one row of a table measures."""
@@ -89,8 +114,8 @@ class Case:
     layout: str | None = None  # on several devices: "replicated" or "sharded"
     platform: str = field(default_factory=jax.default_backend)
     simulated: bool = False  # compiled for devices that are not present
-    rows: int = 0  # rows or tokens per training step, across all devices
-    unit: str = "rows"  # or "tokens"
+    items: int = 0  # in the batch of one device
+    unit: str = "rows"  # of the items; or "tokens"
 
 
 @dataclass(frozen=True)
@@ -103,12 +128,13 @@ class Step:
     fn: Function
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
-    steps: int = 1  # training steps per call of fn
-    same_step_group: str = ""  # steps in one group must produce the same update
-    get_params: Function = lambda state: state  # extracts the parameters to compare
-    # How hoist computes its features: the intermediate values that depend only on
-    # frozen parameters and the batch.
-    features: Step | None = None
+    training_steps: int = 1  # per call of fn
+    features: Step | None = None  # computes hoist's features of the batch
+    # Steps in one group must update the parameters that get_params(state) returns in
+    # the same way. A step without a group is not compared.
+    group: str | None = None
+    get_params: Function = lambda state: state
+    # For the table:
     remark: str | None = None
     trainable_bytes: int | None = None  # per device
     written_bytes: int | None = None  # trainables + optimizer state, per device
@@ -144,40 +170,19 @@ class Result:
     """What was measured for a case. Ratios to other cases are computed later."""
 
     case: Case
-    program: Program  # figures from the compiler
+    program: Program  # the compiler's figures; the class is below the banner
     timing: Timing | None = None  # None if the case was not timed
-    once: Timing | None = None  # seconds to compute hoist's features of one batch
+    features_timing: Timing | None = None  # of one batch
     peak_memory_bytes: int | None = None  # of the process so far
     remark: str | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Minimize ``loss(params, *batch)`` over the parameters that ``where`` selects.
-
-    The loss must be a mean over the rows of the batch. On n devices, the one-device
-    batch is repeated n times, so a correct step produces the same update.
-    """
-
-    name: str
-    where: str | Sequence[str]  # patterns
-    loss: Function
-    params: Tree  # arrays; shapes if the problem is only compiled
-    batch: tuple[Tree, ...]
-    batch_rows: int  # on one device
-    tokens: int | None = None  # per row, if the batch is token ids
-    sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
-    optimizer: Any = None  # the optax optimizer that your own model returned, if any
-    devices: Sequence[jax.Device] = ()  # where place() has put it
-    sharded: bool = False  # each parameter is split over the devices
 
 
 # ----------------------------------------------------------------- the ways to freeze
 class Gradients(NamedTuple):
     """How a method computes gradients: ``fn(params, *args)`` returns (loss, grads).
 
-    ``params`` are the parameters that are differentiated and updated. Arrays are
-    passed in ``args`` rather than closed over, because XLA would embed them as
+    The step updates ``params``, and ``fn`` differentiates with respect to them. Arrays
+    are passed in ``args`` rather than closed over, because XLA would embed them as
     constants.
     """
 
@@ -208,12 +213,13 @@ def hoist(problem: Problem) -> Gradients:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         once, rest = mf.hoist(merged_loss(problem), trainable, *args)
-    kept = jax.jit(once)(*args)
+    fn = jax.value_and_grad(rest)
+    features = jax.jit(once)(*args)
     return Gradients(
-        jax.value_and_grad(rest),
+        fn,
         trainable,
-        args=(frozen, kept),
-        features=features_step(once, args, kept),
+        (frozen, features),
+        features=features_step(once, args, features),
         remark=hoist_remark(caught, jax.make_jaxpr(once)(*args)),
     )
 
@@ -263,10 +269,6 @@ def build_step(problem: Problem, case: Case) -> Step:
     """Returns one training step: gradients, optional clipping, and the update."""
     gradients = METHODS[case.method](problem)
     optimizer = optimizer_of(problem, case)
-    trains_all = case.method == "everything"
-    trainable = problem.params
-    if not trains_all:
-        trainable, _ = mf.partition(problem.where, problem.params)
 
     def step(state: Tree, *args: Tree) -> tuple[Tree, jax.Array]:
         params, moments = state
@@ -276,36 +278,40 @@ def build_step(problem: Problem, case: Case) -> Step:
         params, moments = optimizer.update(params, grads, moments)
         return (params, moments), loss
 
-    # Keep each output where its input was, or XLA may choose another layout.
-    shapes = new_state(problem, optimizer, shapes_of(gradients.params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-
     def get_params(state: Tree) -> Tree:
         params, _ = state
-        if trains_all:  # only this method updates the frozen leaves too
+        if case.method == "everything":
+            # It updates the frozen leaves, too, unlike every other method.
             params, _ = mf.partition(problem.where, params)
         return params
 
+    where = "*" if case.method == "everything" else problem.where
+    trainable, _ = mf.partition(where, problem.params)
+    written = new_state(problem, optimizer, shapes_of(trainable))
+
     donated = (0,) if case.donate else ()
+    # Keep each output where its input was, or XLA may choose another layout.
+    state = new_state(problem, optimizer, shapes_of(gradients.params))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
         init=partial(new_state, problem, optimizer, gradients.params),
         args=gradients.args,
-        same_step_group=same_step_group(case),
-        get_params=get_params,
         features=gradients.features,
+        group=group_of(case),
+        get_params=get_params,
         remark=gradients.remark,
         trainable_bytes=tree_bytes(trainable),
-        written_bytes=tree_bytes(new_state(problem, optimizer, shapes_of(trainable))),
+        written_bytes=tree_bytes(written),
     )
 
 
 # -------------------------------------------------- do all methods take the same step?
 def check_same_step(steps: Mapping[Case, Step]) -> None:
-    """Raises FloatingPointError unless all cases in a group take the same step.
+    """Raises FloatingPointError unless all steps of a group update alike.
 
-    The first case of a group is the reference. A parameter that it lacks is frozen and
-    must not change.
+    The first step of a group is the reference. Parameters that it does not update are
+    frozen, and must not change in the others.
     """
     references: dict[str, tuple[Case, Arrays]] = {}
     for case, step in steps.items():
@@ -315,9 +321,11 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         after = to_host(step.get_params(state))
         if not jnp.isfinite(loss).all():
             raise FloatingPointError(f"{full_name(case)}: the loss is {loss}")
+        if step.group is None:
+            continue
 
-        references.setdefault(step.same_step_group, (case, after))
-        reference, expected = references[step.same_step_group]
+        references.setdefault(step.group, (case, after))
+        reference, expected = references[step.group]
         mismatch = find_mismatch(before, after, expected)
         if mismatch is not None:
             message = f"{full_name(case)}: {mismatch}"
@@ -336,7 +344,7 @@ def run_calls(step: Step, state: Tree, calls: int) -> tuple[Tree, float]:
         state, loss = step.fn(state, *step.args)
     jax.block_until_ready((state, loss))
     seconds = time.perf_counter() - start
-    # Every process of a cluster uses the time of process 0.
+    # In a cluster, all processes go by the clock of the first one.
     return state, from_first_process(seconds)
 
 
@@ -363,7 +371,7 @@ def sample(step: Step, calls: int) -> float:
         _, seconds = run_calls(step, state, calls)
     finally:
         gc.enable()
-    return seconds / (calls * step.steps)
+    return seconds / (calls * step.training_steps)
 
 
 def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]:
@@ -393,14 +401,11 @@ def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]
     return timings
 
 
-# ---------------------------------------------------------------- from case to result
-Tables = Iterator[tuple[str, list[Result]]]  # a title, and results to compare
-
-
+# -------------------------------------------------------------------- from case to row
 def measure(
     cases: Sequence[Case], build: Callable[[Case], Step], options: Namespace
-) -> list[Result]:
-    """Builds and compiles cases, checks that their steps agree, and times them."""
+) -> list[Row]:
+    """Compiles the cases of a table, checks that their steps agree, and times them."""
     steps: dict[Case, Step] = {}
     programs: dict[Case, Program] = {}
     remarks: dict[Case, str | None] = {}
@@ -409,32 +414,20 @@ def measure(
             step = build(case)
             programs[case] = compile_step(step, case.devices, options.batches)
             if not case.simulated:
-                run_calls(step, step.init(), 1)  # check that it fits in memory
+                try_out(step)
         except Exception as error:
             remark = expected_failure(error, case)
             if remark is None:
                 raise
             remarks[case] = remark
-        else:
-            steps[case], remarks[case] = step, step.remark
+            continue
+        steps[case] = step
+        remarks[case] = step.remark
 
     timings: dict[tuple[Case, str], Timing] = {}
     if not any(case.simulated for case in cases):
-        to_check: dict[Case, Step] = {}
-        to_time: dict[tuple[Case, str], Step] = {}
-        for case, step in steps.items():
-            # Compare SGD updates: Adam's first update is nearly the sign of the
-            # gradient, and rounding can flip a sign.
-            by_sgd = replace(case, optimizer="sgd")
-            if by_sgd in steps:
-                to_check[by_sgd] = steps[by_sgd]
-            else:
-                to_check[by_sgd] = build(by_sgd)
-            to_time[case, "step"] = step
-            if step.features is not None:
-                to_time[case, "features"] = step.features
-        check_same_step(to_check)
-        timings = time_rounds(to_time, options.rounds)
+        check_same_step(with_sgd(steps, build))
+        timings = time_rounds(with_features(steps), options.rounds)
 
     results = []
     for case in cases:
@@ -442,19 +435,45 @@ def measure(
             case,
             program=programs.get(case, Program()),
             timing=timings.get((case, "step")),
-            once=timings.get((case, "features")),
+            features_timing=timings.get((case, "features")),
             peak_memory_bytes=peak_memory_bytes(),
             remark=remarks[case],
         )
         results.append(result)
-    return results
+    return rows_of(results)
+
+
+def with_sgd(
+    steps: Mapping[Case, Step], build: Callable[[Case], Step]
+) -> dict[Case, Step]:
+    """Rebuilds the steps of other optimizers with SGD, to compare their updates.
+
+    Adam's first update is nearly the sign of the gradient, and rounding can flip a
+    sign.
+    """
+    to_check: dict[Case, Step] = {}
+    for case in steps:
+        by_sgd = replace(case, optimizer="sgd")
+        if by_sgd not in to_check:
+            to_check[by_sgd] = steps[by_sgd] if by_sgd in steps else build(by_sgd)
+    return to_check
+
+
+def with_features(steps: Mapping[Case, Step]) -> dict[tuple[Case, str], Step]:
+    """Adds the steps that compute hoist's features, to time them in the same rounds."""
+    to_time = {}
+    for case, step in steps.items():
+        to_time[case, "step"] = step
+        if step.features is not None:
+            to_time[case, "features"] = step.features
+    return to_time
 
 
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step per method.
 
-    Without an optimizer of your own, the last problem is also run with clipping, with
-    Adam, and without donation.
+    Without an optimizer of your own, the last problem is also run without donation,
+    with clipping, and with Adam.
     """
     for problem in problems:
         baseline = baseline_case("methods", problem, options)
@@ -469,27 +488,18 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
             if baseline.optimizer != "adam":
                 for method in MAIN_METHODS:
                     cases.append(replace(baseline, method=method, optimizer="adam"))
-        placed = place(problem, jax.local_devices()[:1])
-        yield describe(problem), measure(cases, partial(build_step, placed), options)
+        problem = spread(problem, jax.local_devices()[:1])
+        yield describe(problem), measure(cases, partial(build_step, problem), options)
 
 
 def run(argv: Sequence[str] | None, report: Report) -> None:
     """Measures and prints each table that the options ask for."""
     options = report.options = parse(argv)
     problems = set_up(options)
-    dtype = dtype_of(problems[-1].params)
-    report.card = describe_machine(options, dtype)
-    if not options.compile_only:
-        report.card |= measure_peaks(dtype)
-    report.stop_if_interrupted()
-    print_now(card_text(report.card))
-    print_now(legend(options))
+    report.begin(problems[-1])
     for name in options.tables:
-        for title, results in TABLES[name](options, problems):
-            report.add(title, rows_of(results, report.card))
-            report.stop_if_interrupted()
-    if needs_simulation(options):
-        report.add(*simulated_table(options, problems[-1]))
+        for title, rows in TABLES[name](options, problems):
+            report.add(title, rows)
     report.ended = "complete"
 
 
@@ -547,9 +557,9 @@ def mlp(
 
 def baseline_case(table: str, problem: Problem, options: Namespace) -> Case:
     """Returns the case of training everything on one device."""
-    case = Case(table, problem.name, "everything", rows=problem.batch_rows)
+    case = Case(table, problem.name, "everything", items=problem.batch_rows)
     if problem.tokens is not None:
-        case = replace(case, rows=problem.batch_rows * problem.tokens, unit="tokens")
+        case = replace(case, items=problem.batch_rows * problem.tokens, unit="tokens")
     if problem.optimizer is not None:
         return replace(case, optimizer="optax")
     return replace(case, optimizer=options.optimizer)
@@ -619,8 +629,8 @@ def clip_by_global_norm(grads: Tree) -> Tree:
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
 
 
-def same_step_group(case: Case) -> str:
-    """Names the group of cases that must update the parameters identically."""
+def group_of(case: Case) -> str:
+    """Names the group of cases that must update the parameters in the same way."""
     if not case.clip:
         return case.optimizer
     norm_of = "all" if case.method == "everything" else "trainable"
@@ -636,7 +646,7 @@ def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Ste
     """Returns the step that computes hoist's features.
 
     Its state is the previous call's features. They are passed in only so that each call
-    waits for the one before it.
+    waits for the one before it, instead of running beside it.
     """
 
     def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
@@ -651,7 +661,7 @@ def hoist_remark(
 ) -> str | None:
     """Returns a remark on the features; re-issues the warnings of your own model."""
     remark = None
-    if "random_bits[" in str(once_jaxpr):
+    if draws_random_numbers(once_jaxpr.jaxpr):
         remark = "random numbers are drawn once per batch and reused in every epoch"
     for warning in caught:
         if str(warning.message).startswith("hoist found nothing"):
@@ -661,6 +671,15 @@ def hoist_remark(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
     return remark
+
+
+def draws_random_numbers(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "random_bits":
+            return True
+        if any(draws_random_numbers(inner) for inner in inner_jaxprs(eqn)):
+            return True
+    return False
 
 
 def find_mismatch(before: Arrays, after: Arrays, expected: Arrays) -> str | None:
@@ -720,6 +739,13 @@ def to_host(tree: Tree) -> Arrays:
 
 def from_first_process(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def try_out(step: Step) -> None:
+    """Runs a step once, to find out whether it fits in memory."""
+    run_calls(step, step.init(), 1)
+    if step.features is not None:
+        run_calls(step.features, step.features.init(), 1)
 
 
 def expected_failure(error: Exception, case: Case) -> str | None:
@@ -804,57 +830,57 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
         devices: how many devices share the work evenly.
         batches: batches per epoch; the features of each stay in memory.
     """
-    kept_bytes = None
+    program = Program(trainable_bytes=step.trainable_bytes)
     if step.features is not None:
         kept_bytes = tree_bytes(jax.eval_shape(step.features.init))
-    known = Program(trainable_bytes=step.trainable_bytes, kept_bytes=kept_bytes)
+        program = replace(program, kept_bytes=kept_bytes)
     if not hasattr(step.fn, "lower"):
-        return known
+        return program
 
     arguments = (step.init(), *step.args)
     start = time.perf_counter()
     compiled = step.fn.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     compiled = getattr(compiled, "compiled", compiled)  # Equinox and Flax wrap it
+    program = replace(program, compile_s=compile_s)
 
-    flops_min, unused_bytes = None, None
     if hasattr(step.fn, "trace"):
         jaxpr, is_read = without_dead_code(step.fn.trace(*arguments).jaxpr)
-        flops_min = product_flops(jaxpr) // (step.steps * devices)
         leaves = jax.tree.leaves(arguments)
-        unused_bytes = tree_bytes([x for x, read in zip(leaves, is_read) if not read])
+        unread = [leaf for leaf, read in zip(leaves, is_read) if not read]
+        program = replace(
+            program,
+            flops_min=product_flops(jaxpr) // (step.training_steps * devices),
+            unused_bytes=tree_bytes(unread),
+        )
 
     # XLA does not count library calls, and counts a loop body only once. Discard its
     # count if it is below that of the products alone.
     costs = compiled.cost_analysis() or {}
-    flops = None
-    if "flops" in costs and costs["flops"] >= (flops_min or 0):
-        flops = int(costs["flops"])
-
-    memory = compiled.memory_analysis()
-    bytes_min, memory_bytes, temp_bytes = None, None, None
-    if memory is not None:
-        temp_bytes = memory.temp_size_in_bytes
-        # Outputs that overwrite donated arguments are aliases.
-        new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        memory_bytes = memory.argument_size_in_bytes + new_bytes + temp_bytes
-        memory_bytes += unused_bytes or 0  # jit drops arguments that it does not read
-        memory_bytes += (kept_bytes or 0) * (batches - 1)  # of the other batches
-        if step.steps == 1:  # a scan may keep parameters in a cache between its steps
-            bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
+    if "flops" in costs and costs["flops"] >= (program.flops_min or 0):
+        program = replace(program, flops=int(costs["flops"]))
 
     collective, sent = collective_bytes(compiled.as_text(), devices)
+    program = replace(program, collective_bytes=collective, sent_bytes=sent)
+    memory = compiled.memory_analysis()
+    return program if memory is None else with_memory(program, memory, step, batches)
+
+
+def with_memory(program: Program, memory: Any, step: Step, batches: int) -> Program:
+    """Adds the figures that follow from XLA's memory analysis."""
+    # Outputs that overwrite donated arguments are aliases.
+    new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    memory_bytes = memory.argument_size_in_bytes + new_bytes + memory.temp_size_in_bytes
+    memory_bytes += program.unused_bytes or 0  # jit drops arguments it does not read
+    memory_bytes += (program.kept_bytes or 0) * (batches - 1)  # of the other batches
+    bytes_min = None
+    if step.training_steps == 1:  # a scan may keep parameters in a cache
+        bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
     return replace(
-        known,
-        compile_s=compile_s,
-        flops=flops,
-        flops_min=flops_min,
+        program,
         bytes_min=bytes_min,
         memory_bytes=memory_bytes,
-        temp_bytes=temp_bytes,
-        unused_bytes=unused_bytes,
-        collective_bytes=collective,
-        sent_bytes=sent,
+        temp_bytes=memory.temp_size_in_bytes,
     )
 
 
@@ -971,13 +997,13 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------- several devices
-def place(
+def spread(
     problem: Problem,
     devices: Sequence[jax.Device],
     sharded: bool = False,
     abstract: bool = False,
 ) -> Problem:
-    """Places a problem on devices, giving each device its own copy of the batch.
+    """Spreads a problem over devices, giving each its own copy of the batch.
 
     Args:
         problem: with arrays or shapes.
@@ -1000,21 +1026,23 @@ def place(
     params, batch = problem.params, problem.batch
     if abstract:
         params, batch = shapes_of((params, batch))
-    placed = replace(problem, devices=devices, sharded=sharded)
-    params = place_params(placed, params)
-    return replace(placed, params=params, batch=jax.tree.map(put_batch, batch))
+    return replace(
+        problem,
+        mesh=mesh,
+        sharded=sharded,
+        params=put_params(params, mesh, sharded),
+        batch=jax.tree.map(put_batch, batch),
+    )
 
 
-def place_params(problem: Problem, tree: Tree) -> Tree:
-    """Places parameters, or moments of them, on the problem's devices."""
-    count = len(problem.devices)
-    mesh = Mesh(np.array(problem.devices), ("data",))
+def put_params(tree: Tree, mesh: Mesh, sharded: bool) -> Tree:
+    """Puts parameters, or moments of them, on the devices of a mesh."""
 
     def put_param(leaf: Any) -> Any:
         axes: list[str | None] = []
-        if problem.sharded:
+        if sharded:
             for size in leaf.shape:
-                if size and size % count == 0:
+                if size and size % mesh.size == 0:
                     return put(leaf, NamedSharding(mesh, PartitionSpec(*axes, "data")))
                 axes.append(None)
         return put(leaf, NamedSharding(mesh, PartitionSpec()))
@@ -1022,20 +1050,11 @@ def place_params(problem: Problem, tree: Tree) -> Tree:
     return jax.tree.map(put_param, tree)
 
 
-def shapes_of(tree: Tree) -> Tree:
-    """Returns a tree with the shapes of its arrays."""
-    return jax.eval_shape(lambda tree: tree, tree)
-
-
 def put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Puts an array on devices, or adds the sharding to a shape."""
     if is_abstract(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.device_put(leaf, sharding)
-
-
-def is_abstract(tree: Tree) -> bool:
-    """Returns whether a tree has shapes in place of arrays."""
-    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
 
 
 def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
@@ -1043,13 +1062,27 @@ def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
 
     If the parameters are shapes, so is the state.
     """
+    assert problem.mesh is not None, "spread() comes first"
 
     def copy(params: Tree) -> Tree:
         return jax.tree.map(jnp.copy, params), optimizer.init(params)
 
-    if is_abstract(params):
-        return place_params(problem, jax.eval_shape(copy, params))
-    return place_params(problem, copy(params))
+    state = jax.eval_shape(copy, params) if is_abstract(params) else copy(params)
+    return put_params(state, problem.mesh, problem.sharded)
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """Returns a tree with the shapes of its arrays."""
+    return jax.eval_shape(lambda tree: tree, tree)
+
+
+def is_abstract(tree: Tree) -> bool:
+    """Returns whether a tree has shapes in place of arrays."""
+    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+
+
+# The number of simulated devices must be set before JAX starts. So 8 simulated devices
+# are compiled for in a process of its own, which runs bench.py --compile-only.
 
 
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
@@ -1061,19 +1094,17 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         used = devices[: case.devices]
         if case.devices == 1 and not case.simulated:
             used = jax.local_devices()[:1]  # each process has its own
-        placed = place(problem, used, case.layout == "sharded", case.simulated)
-        return build_step(placed, case)
+        sharded = case.layout == "sharded"
+        return build_step(spread(problem, used, sharded, case.simulated), case)
 
-    simulated: list[Case] = []
+    to_simulate: list[Case] = []
     for count in device_counts(options, len(devices)):
         alone = baseline_case("devices", problem, options)
-        case = replace(
-            alone, devices=count, rows=count * alone.rows, platform=devices[0].platform
-        )
+        case = replace(alone, devices=count, platform=devices[0].platform)
         # Devices simulated on one CPU share its cores: timing them is meaningless.
         on_one_cpu = case.platform == "cpu" and count > jax.process_count()
         if options.compile_only or on_one_cpu:
-            simulated += device_cases(replace(case, simulated=True))
+            to_simulate += device_cases(replace(case, simulated=True))
             continue
         # Only results that are timed together are compared, so one device is timed
         # again beside each number of devices.
@@ -1081,10 +1112,13 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         if count > 1:
             cases += device_cases(case)
         yield title, measure(cases, build, options)
-    if simulated:
+    if to_simulate:
         compiled_for = options.topology or devices[0].platform
         title += f"\nas compiled for {compiled_for}, not run"
-        yield title, measure(simulated, build, options)
+        yield title, measure(to_simulate, build, options)
+
+    if not (options.devices or options.compile_only or jax.process_count() > 1):
+        yield f"{title}\nas compiled for cpu, not run", compile_for_8_devices(options)
 
 
 def device_counts(options: Namespace, available: int) -> list[int]:
@@ -1154,18 +1188,8 @@ def topology_devices(name: str) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def needs_simulation(options: Namespace) -> bool:
-    """Returns whether to simulate 8 devices: the default unless you choose devices."""
-    if options.devices or options.compile_only or jax.process_count() > 1:
-        return False
-    return "devices" in options.tables
-
-
-def simulated_table(options: Namespace, problem: Problem) -> tuple[str, list[Row]]:
-    """Compiles for 8 CPU devices in a new process.
-
-    JAX has already fixed this process's device count.
-    """
+def compile_for_8_devices(options: Namespace) -> list[Row]:
+    """Returns the rows of a new process with 8 simulated CPU devices."""
     arguments = []
     for name in ("model", "sizes", "batch", "dtype", "optimizer", "train", "freeze"):
         value = getattr(options, name)
@@ -1180,14 +1204,14 @@ def simulated_table(options: Namespace, problem: Problem) -> tuple[str, list[Row
         if process.returncode != 0:
             _, _, last_line = process.stderr.strip().rpartition("\n")
             raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
-        rows = json.loads(file.read_text("utf-8"))["rows"]
-    return f"{describe(problem)}\nas compiled for cpu, not run", rows
+        rows: list[Row] = json.loads(file.read_text("utf-8"))["rows"]
+    return rows
 
 
 # ------------------------------------------------------------------- the other tables
 def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step with the first n layers frozen, for each n."""
-    problem = place(problems[-1], jax.local_devices()[:1])
+    problem = spread(problems[-1], jax.local_devices()[:1])
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
     baseline = baseline_case("prefix", problem, options)
     cases = [baseline]
@@ -1215,20 +1239,21 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         fn=jax.jit(mf.train_step, donate_argnums=0),
         init=lambda: jax.tree.map(jnp.copy, trainable),
         args=(frozen, xs[0], ys[0]),
-        same_step_group="one step",
+        group="one step",
         trainable_bytes=tree_bytes(trainable),
     )
     train = jax.jit(mf.train, donate_argnums=0)
     short_scan = replace(loop, fn=train, args=(frozen, xs[:1], ys[:1]))
-    scan = replace(
-        short_scan, args=(frozen, xs, ys), steps=RUN_STEPS, same_step_group="all steps"
-    )
     loop_case = replace(
         baseline_case("run", problem, options), method="loop", optimizer="sgd"
     )
     scan_case = replace(loop_case, method="scan")
-    # A scan of one step must equal the step. The one that is timed takes many.
+    # A scan of one step must equal the step. The scan that is timed takes many steps,
+    # so it cannot be compared.
     check_same_step({loop_case: loop, scan_case: short_scan})
+    scan = replace(
+        short_scan, args=(frozen, xs, ys), training_steps=RUN_STEPS, group=None
+    )
 
     steps = {loop_case: loop, scan_case: scan}
     title = (
@@ -1240,7 +1265,8 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
 def peers_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """The same step in other libraries."""
-    sys.modules["bench"] = sys.modules[__name__]  # which peers.py imports
+    # peers.py imports bench. That must be this module, even if it runs as __main__.
+    sys.modules["bench"] = sys.modules[__name__]
     peers = runpy.run_path(str(PEERS))
     yield from peers["peers_table"](options, problems)
 
@@ -1638,17 +1664,35 @@ class Report:
 
     def __init__(self) -> None:
         self.options = Namespace(json=None, plot=None)
-        self.card: dict[str, Any] = {}  # empty until the measuring begins
+        self.machine: dict[str, Any] = {}
         self.tables: list[tuple[str, list[Row]]] = []  # titles and rows
+        self.measuring = False  # whether the measurements have begun
         self.ended = "running"
         self.code = 0
         self.signal: int | None = None  # the last one
         self.signal_time = -math.inf
 
-    def interrupt(self, number: int, frame: object) -> None:
-        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt during run().
+    def begin(self, problem: Problem) -> None:
+        """Describes the machine, and prints what applies to all tables."""
+        self.measuring = True
+        self.machine = describe_machine(self.options, problem)
+        print_now(machine_text(self.machine))
+        print_now(legend(self.options))
+        self.stop_if_interrupted()
 
-        Another signal within a second must not interrupt the handling of the first.
+    def add(self, title: str, rows: list[Row]) -> None:
+        """Stores, writes and prints a table."""
+        add_limits(rows, self.machine)
+        self.tables.append((title, rows))
+        write_json(self)
+        print_now(table_text(title, rows))
+        self.stop_if_interrupted()
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt while the run lasts.
+
+        Another signal within a second, as some shells and supervisors send it, must not
+        interrupt the handling of the first.
         """
         is_repeated = time.monotonic() < self.signal_time + 1
         self.signal, self.signal_time = number, time.monotonic()
@@ -1656,22 +1700,15 @@ class Report:
             raise KeyboardInterrupt
 
     def stop_if_interrupted(self) -> None:
-        """Ends the run if a signal ended time_rounds early."""
+        """Ends the run after a signal, from which time_rounds returned normally."""
         if self.signal is not None:
             raise KeyboardInterrupt
 
-    def add(self, title: str, rows: list[Row]) -> None:
-        """Stores, writes and prints a table."""
-        self.tables.append((title, rows))
-        write_json(self)
-        print_now(table_text(title, rows))
-
     def fail(self, error: Exception) -> None:
-        """Records an error: exit code 2 if measurement never began, else 1."""
+        """Records an error: exit code 2 before the measurements began, else 1."""
         self.ended = f"error: {error}"
-        measuring = bool(self.card)
-        self.code = 1 if measuring else 2
-        if measuring and not isinstance(error, (OSError, FloatingPointError)):
+        self.code = 1 if self.measuring else 2
+        if self.measuring and not isinstance(error, (OSError, FloatingPointError)):
             traceback.print_exception(error)
 
 
@@ -1684,9 +1721,9 @@ def finish(report: Report) -> NoReturn:
         if report.tables and jax.process_index() == 0:
             write_json(report)
             write_plot(report)
-            conclusion = answer([rows for _, rows in report.tables])
-            if conclusion:
-                print_now(f"\n{conclusion}")
+            text = conclusion([rows for _, rows in report.tables])
+            if text:
+                print_now(f"\n{text}")
     except OSError as error:
         report.fail(error)
 
@@ -1711,7 +1748,7 @@ def write_json(report: Report) -> None:
     for _, table_rows in report.tables:
         rows += table_rows
     results = {
-        "card": report.card,
+        "card": report.machine,
         "complete": report.ended == "complete",
         "ended": report.ended,
         "rows": rows,
@@ -1728,7 +1765,7 @@ def write_plot(report: Report) -> None:
         if timed and timed[0]["table"] in ("methods", "prefix"):
             timed_tables[timed[0]["table"]] = (title.partition("\n")[0], timed)
     if report.options.plot is not None and timed_tables:
-        figure = draw(report.card, timed_tables)
+        figure = draw(report.machine, timed_tables)
         write_atomically(report.options.plot, figure.savefig)
 
 
@@ -1744,9 +1781,13 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 # ------------------------------------------------------------------------ the machine
-def describe_machine(options: Namespace, dtype: str) -> dict[str, Any]:
-    """Describes the machine and the software."""
+def describe_machine(options: Namespace, problem: Problem) -> dict[str, Any]:
+    """Describes the machine and the software, and measures the machine's peak rates."""
     devices = usable_devices(options)
+    dtype = dtype_of(problem.params)
+    peak_flops, peak_bytes_per_s = None, None
+    if not options.compile_only:
+        peak_flops, peak_bytes_per_s = measure_peaks(dtype)
     return {
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
@@ -1759,14 +1800,17 @@ def describe_machine(options: Namespace, dtype: str) -> dict[str, Any]:
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
         "dtype": dtype,
-        "peak_flops": None,
-        "peak_bytes_per_s": None,
+        "peak_flops": peak_flops,
+        "peak_bytes_per_s": peak_bytes_per_s,
         "commit": git("rev-parse", "HEAD"),
         "clean": git("status", "--porcelain") == "",
     }
 
 
-def measure_peaks(dtype: str) -> dict[str, float]:
+PEAK_VECTOR_BYTES = 2**28  # larger than the caches of most CPUs and GPUs
+
+
+def measure_peaks(dtype: str) -> tuple[float, float]:
     """Measures the peak FLOP/s and the peak bandwidth (bytes/s) of one device."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -1782,10 +1826,8 @@ def measure_peaks(dtype: str) -> dict[str, float]:
     timings = time_rounds(steps, rounds=5)
     product_s = min(timings["product"].samples)
     increment_s = min(timings["bandwidth"].samples)
-    return {
-        "peak_flops": 2 * side**3 / product_s,
-        "peak_bytes_per_s": 2 * PEAK_VECTOR_BYTES / increment_s,  # read and written
-    }
+    read_and_written = 2 * PEAK_VECTOR_BYTES
+    return 2 * side**3 / product_s, read_and_written / increment_s
 
 
 def dtype_of(params: Tree) -> str:
@@ -1817,37 +1859,28 @@ def git(*arguments: str) -> str | None:
 
 
 # -------------------------------------------------------------------- results as rows
-Row = dict[str, Any]  # of the JSON file; an unknown figure is None
-
 NOT_TIMED: Row = {
     "step_s": None,  # median
     "spread_s": None,
     "samples": (),
     "speedup": None,  # relative to everything
     "differs": None,  # from everything, by more than the spreads
-    "rows_per_s": None,
+    "rows_per_s": None,  # or tokens
     "efficiency": None,  # throughput per device, relative to a single device
     "limit_share": None,
-    "once_s": None,
-    "break_even": None,  # epochs until hoist's features have paid for themselves
+    "once_s": None,  # to compute hoist's features of one batch
+    "break_even": None,  # epochs until these have paid for themselves
 }
 
 
-def rows_of(results: Sequence[Result], card: Mapping[str, Any]) -> list[Row]:
-    """Converts the results of a table to rows of the JSON file, with their ratios."""
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """Converts the results of a table to rows, with the ratios between them."""
     by_case = {result.case: result for result in results}
-    rows = [row_of(result, by_case, card) for result in results]
-    # A table gives the limit for all rows that were timed, or for none.
-    if any(row["step_s"] and row["limit_share"] is None for row in rows):
-        for row in rows:
-            row["limit_share"] = None
-    return rows
+    return [row_of(result, by_case) for result in results]
 
 
-def row_of(
-    result: Result, by_case: Mapping[Case, Result], card: Mapping[str, Any]
-) -> Row:
-    """Converts a result to a row of the JSON file."""
+def row_of(result: Result, by_case: Mapping[Case, Result]) -> Row:
+    """Converts a result to a row."""
     case, timing = result.case, result.timing
     row = {
         **asdict(case),
@@ -1862,30 +1895,27 @@ def row_of(
         row["problem"] = f"{case.problem}, {case.frozen_layers} frozen"
     if not case.donate:
         row["method"] = f"{case.method}, not donated"
-    by_partition = by_case.get(replace(case, method="partition"))
-    if case.method == "hoist" and saves_no_work(result, by_partition):
+    partitioned = by_case.get(replace(case, method="partition"))
+    if case.method == "hoist" and saves_no_work(result, partitioned):
         row["remark"] = NOTHING_TO_HOIST
     if timing is None:
         return row
 
     row["step_s"], row["spread_s"] = timing.median, timing.spread
     row["samples"] = timing.samples
-    row["rows_per_s"] = case.rows / timing.median
-    row["limit_share"] = limit_share(result.program, timing, card)
-    baseline = by_case.get(
-        replace(case, method="everything", donate=True, frozen_layers=0)
-    )
-    if baseline is not None and baseline.timing is not None:
-        row["speedup"] = baseline.timing.median / timing.median
-        row["differs"] = not timing.overlaps(baseline.timing)
-    rows_alone = case.rows // case.devices
-    alone = by_case.get(replace(case, devices=1, layout="replicated", rows=rows_alone))
+    row["rows_per_s"] = case.devices * case.items / timing.median
+    baseline = replace(case, method="everything", donate=True, frozen_layers=0)
+    all_trained = by_case.get(baseline)
+    if all_trained is not None and all_trained.timing is not None:
+        row["speedup"] = all_trained.timing.median / timing.median
+        row["differs"] = not timing.overlaps(all_trained.timing)
+    alone = by_case.get(replace(case, devices=1, layout="replicated"))
     if case.devices > 1 and alone is not None and alone.timing is not None:
         row["efficiency"] = alone.timing.median / timing.median
-    if result.once is not None:
-        row["once_s"] = result.once.median
+    if result.features_timing is not None:
+        row["once_s"] = result.features_timing.median
         if row["remark"] != NOTHING_TO_HOIST:
-            row["break_even"] = break_even(result.once, timing, by_partition)
+            row["break_even"] = break_even(result.features_timing, timing, partitioned)
     return row
 
 
@@ -1915,42 +1945,55 @@ def break_even(
     return once.median / saved
 
 
-def limit_share(
-    program: Program, timing: Timing, card: Mapping[str, Any]
-) -> float | None:
+def add_limits(rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
+    """Adds the limit to all rows that were timed, or to none."""
+    timed = [row for row in rows if row["step_s"] is not None]
+    limits = [limit_share(row, machine) for row in timed]
+    if None not in limits:
+        for row, limit in zip(timed, limits):
+            row["limit_share"] = limit
+
+
+def limit_share(row: Row, machine: Mapping[str, Any]) -> float | None:
     """Returns the shortest possible step time as a share of the measured time."""
-    if program.flops_min is None or program.bytes_min is None:
+    if row["flops_min"] is None or row["bytes_min"] is None:
         return None
-    computing_s: float = program.flops_min / card["peak_flops"]
-    moving_s: float = program.bytes_min / card["peak_bytes_per_s"]
-    return max(computing_s, moving_s) / timing.median
+    computing_s: float = row["flops_min"] / machine["peak_flops"]
+    moving_s: float = row["bytes_min"] / machine["peak_bytes_per_s"]
+    return max(computing_s, moving_s) / float(row["step_s"])
 
 
 # ------------------------------------------------------------------------------- text
 WIDTH = 100
 NO_DIFFERENCE = "no difference seen"
-Column = tuple[str, list[str]]  # a title, and a cell for each row
+
+
+class Column(NamedTuple):
+    title: str
+    cells: list[str]  # one for each row
+    is_text: bool = False
 
 
 def table_text(title: str, rows: Sequence[Row]) -> str:
     """Formats a title, the non-empty columns, and notes."""
     timed = any(row["step_s"] for row in rows)
     on_devices = rows[0]["layout"] is not None
-    columns = [("method", [row["label"] for row in rows])]
+    columns = [Column("method", [row["label"] for row in rows], is_text=True)]
     if on_devices:
-        columns.append(("devices", [str(row["devices"]) for row in rows]))
-        columns.append(("layout", [row["layout"] for row in rows]))
+        layouts = [row["layout"] for row in rows]
+        columns.append(Column("devices", [str(row["devices"]) for row in rows]))
+        columns.append(Column("layout", layouts, is_text=True))
     columns.append(time_column(rows))
-    columns.append(("speed-up", [speedup_text(row) for row in rows]))
-    figures = [("memory", "memory_bytes", "B")]
+    columns.append(Column("speed-up", [speedup_text(row) for row in rows]))
+    columns.append(number_column("memory {prefix}B", rows, "memory_bytes"))
     if on_devices:
-        figures += [("sent", "sent_bytes", "B"), ("efficiency", "efficiency", "%")]
+        columns.append(number_column("sent {prefix}B", rows, "sent_bytes"))
+        columns.append(percent_column("efficiency %", rows, "efficiency"))
     if not (on_devices and timed):  # they would not all fit on a line
-        items = f" {rows[0]['unit']}/s"
-        figures += [("limit", "limit_share", "%"), ("", "flops", "FLOP")]
-        figures.append(("", "rows_per_s", items))
-    for name, key, unit in figures:
-        columns.append(number_column(name, rows, key, unit))
+        unit = rows[0]["unit"]
+        columns.append(percent_column("limit %", rows, "limit_share"))
+        columns.append(number_column("{prefix}FLOP", rows, "flops"))
+        columns.append(number_column(f"{{prefix}} {unit}/s", rows, "rows_per_s"))
 
     lines = ["", title, *aligned(columns)]
     for row in rows:
@@ -1979,18 +2022,23 @@ def time_column(rows: Sequence[Row]) -> Column:
         _, _, decimals = median.partition(".")
         spread = row["spread_s"] / scale
         cells.append(f"{median} ± {spread:.{len(decimals)}f}")
-    return f"{prefix}s per step", cells
+    return Column(f"{prefix}s per step", cells)
 
 
-def number_column(title: str, rows: Sequence[Row], key: str, unit: str) -> Column:
-    """Formats a column of plain numbers, with their unit in its title."""
+def number_column(title: str, rows: Sequence[Row], key: str) -> Column:
+    """Formats a column of numbers. The SI prefix of their unit is put in the title."""
     scale, prefix = si_prefix([row[key] for row in rows])
-    if unit == "%":
-        scale, prefix = 0.01, ""
     cells = []
     for row in rows:
         cells.append("" if row[key] is None else three_digits(row[key] / scale))
-    return f"{title} {prefix}{unit}".strip(), cells
+    return Column(title.format(prefix=prefix).strip(), cells)
+
+
+def percent_column(title: str, rows: Sequence[Row], key: str) -> Column:
+    cells = []
+    for row in rows:
+        cells.append("" if row[key] is None else three_digits(100 * row[key]))
+    return Column(title, cells)
 
 
 def speedup_text(row: Row) -> str:
@@ -2036,15 +2084,15 @@ def three_digits(value: float) -> str:
 def aligned(columns: Sequence[Column]) -> list[str]:
     """Returns the lines of a table: text left-aligned, numbers right-aligned."""
     padded = []
-    for title, cells in columns:
-        if not any(cells):
+    for column in columns:
+        if not any(column.cells):
             continue
-        column = [title, *cells]
-        width = max(len(cell) for cell in column)
-        if title in ("method", "layout"):
-            padded.append([cell.ljust(width) for cell in column])
+        lines = [column.title, *column.cells]
+        width = max(len(line) for line in lines)
+        if column.is_text:
+            padded.append([line.ljust(width) for line in lines])
         else:
-            padded.append([cell.rjust(width) for cell in column])
+            padded.append([line.rjust(width) for line in lines])
     return ["  ".join(line).rstrip() for line in zip(*padded)]
 
 
@@ -2096,14 +2144,15 @@ def sizes_text(sizes: Sequence[int]) -> str:
     return f"[{', '.join(texts)}]"
 
 
-def card_text(card: Mapping[str, Any]) -> str:
+def machine_text(machine: Mapping[str, Any]) -> str:
     text = (
-        f"{card['date']}: jax {card['jax']}; {card['device_count']} x "
-        f"{card['device_kind']} ({card['platform']}); {card['cpu']}; {card['dtype']}"
+        f"{machine['date']}: jax {machine['jax']}; {machine['device_count']} x "
+        f"{machine['device_kind']} ({machine['platform']}); {machine['cpu']}; "
+        f"{machine['dtype']}"
     )
-    if card["peak_flops"] is not None:
-        flops = quantity(card["peak_flops"], "FLOP/s")
-        text += f"; peak {flops}, {quantity(card['peak_bytes_per_s'], 'B/s')}"
+    if machine["peak_flops"] is not None:
+        flops = quantity(machine["peak_flops"], "FLOP/s")
+        text += f"; peak {flops}, {quantity(machine['peak_bytes_per_s'], 'B/s')}"
     return textwrap.fill(text, WIDTH)
 
 
@@ -2135,8 +2184,8 @@ def legend(options: Namespace) -> str:
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
 
 
-# ------------------------------------------------------------------------- the answer
-def answer(tables: Sequence[Sequence[Row]]) -> str:
+# --------------------------------------------------------------------- the conclusion
+def conclusion(tables: Sequence[Sequence[Row]]) -> str:
     """Returns the conclusion, in a few sentences."""
     last_rows: dict[str, Sequence[Row]] = {}  # of each kind of table
     for rows in tables:
@@ -2146,13 +2195,13 @@ def answer(tables: Sequence[Sequence[Row]]) -> str:
             last_rows[kind] = rows
     lines = []
     if "methods" in last_rows:
-        lines.append(answer_methods(last_rows["methods"]))
+        lines.append(conclude_methods(last_rows["methods"]))
     if "devices" in last_rows:
-        lines.append(answer_devices(last_rows["devices"]))
+        lines.append(conclude_devices(last_rows["devices"]))
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines if line)
 
 
-def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+def find_row(rows: Sequence[Row], **wanted: Any) -> Row | None:
     """Returns the first row with these values."""
     for row in rows:
         if all(row[key] == value for key, value in wanted.items()):
@@ -2160,26 +2209,26 @@ def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
     return None
 
 
-def answer_methods(rows: Sequence[Row]) -> str:
+def conclude_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
-    partition_row = find(rows, method="partition", optimizer=optimizer, clip=False)
-    sentences = [f"{problem}: {answer_partition(partition_row)}"]
+    partition_row = find_row(rows, method="partition", optimizer=optimizer, clip=False)
+    sentences = [f"{problem}: {conclude_partition(partition_row)}"]
 
-    adam_all = find(rows, method="everything", optimizer="adam", clip=False)
-    adam_part = find(rows, method="partition", optimizer="adam", clip=False)
+    adam_all = find_row(rows, method="everything", optimizer="adam", clip=False)
+    adam_part = find_row(rows, method="partition", optimizer="adam", clip=False)
     if adam_all is not None and adam_part is not None:
         all_bytes, part_bytes = adam_all["memory_bytes"], adam_part["memory_bytes"]
         if all_bytes is not None and part_bytes is not None and part_bytes < all_bytes:
             saved = quantity(all_bytes - part_bytes, "B")
             sentences.append(f"With Adam, partition needs {saved} less memory.")
 
-    hoist_row = find(rows, method="hoist", optimizer=optimizer, clip=False)
+    hoist_row = find_row(rows, method="hoist", optimizer=optimizer, clip=False)
     if hoist_row is not None:
-        sentences.append(answer_hoist(hoist_row, partition_row))
+        sentences.append(conclude_hoist(hoist_row, partition_row))
     return " ".join(sentences)
 
 
-def answer_partition(row: Row | None) -> str:
+def conclude_partition(row: Row | None) -> str:
     if row is None or row["speedup"] is None:
         return (
             "partition could not be compared with training everything because one of "
@@ -2194,7 +2243,7 @@ def answer_partition(row: Row | None) -> str:
     return f"use partition, which is {speedup} faster than training everything."
 
 
-def answer_hoist(row: Row, partition_row: Row | None) -> str:
+def conclude_hoist(row: Row, partition_row: Row | None) -> str:
     if row["remark"] == NOTHING_TO_HOIST:
         return "There is nothing to hoist."
     if not row["samples"] or partition_row is None or not partition_row["samples"]:
@@ -2224,13 +2273,17 @@ def answer_hoist(row: Row, partition_row: Row | None) -> str:
     )
 
 
-def answer_devices(rows: Sequence[Row]) -> str:
+def conclude_devices(rows: Sequence[Row]) -> str:
     sending = [row for row in rows if row["sent_bytes"]]
     if not sending:
         return ""
     devices, layout = sending[-1]["devices"], sending[-1]["layout"]
-    partition_row = find(sending, method="partition", devices=devices, layout=layout)
-    everything_row = find(sending, method="everything", devices=devices, layout=layout)
+    partition_row = find_row(
+        sending, method="partition", devices=devices, layout=layout
+    )
+    everything_row = find_row(
+        sending, method="everything", devices=devices, layout=layout
+    )
     if partition_row is None or everything_row is None:
         return ""
     if partition_row["simulated"]:
@@ -2244,14 +2297,16 @@ def answer_devices(rows: Sequence[Row]) -> str:
 
 # --------------------------------------------------------------------------- the plot
 def draw(
-    card: Mapping[str, Any], tables: Mapping[str, tuple[str, Sequence[Row]]]
+    machine: Mapping[str, Any], tables: Mapping[str, tuple[str, Sequence[Row]]]
 ) -> Any:
     """Draws the time per step by frozen layers and by method, with its spread."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7 * len(tables), 4.8), layout="constrained", dpi=150)
-    machine = card["cpu"] if card["platform"] == "cpu" else card["device_kind"]
-    figure.suptitle(f"{machine}, {card['dtype']}, jax {card['jax']}, {card['date']}")
+    name = machine["cpu"] if machine["platform"] == "cpu" else machine["device_kind"]
+    figure.suptitle(
+        f"{name}, {machine['dtype']}, jax {machine['jax']}, {machine['date']}"
+    )
     all_axes = figure.subplots(1, len(tables), squeeze=False)[0]
     for axes, (name, (title, rows)) in zip(all_axes, tables.items()):
         axes.set_title(title, fontsize="medium")

@@ -361,7 +361,7 @@ def peers_table(options: Namespace, problems: Sequence[bench.Problem]) -> bench.
     for problem in problems:
         if not problem.sizes:
             raise ValueError("--peers compares MLPs only; omit --model or --peers")
-        problem = bench.place(problem, jax.local_devices()[:1])
+        problem = bench.spread(problem, jax.local_devices()[:1])
         plain = bench.baseline_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
         cases = []
@@ -388,8 +388,8 @@ def build(problem: bench.Problem, case: bench.Case) -> bench.Step:
         reason = str(error).partition("\n")[0]
         raise ImportError(f"does not work with this version: {reason}") from error
     trainable, _ = mf.partition(problem.where, problem.params)
-    group = bench.same_step_group(case)
+    group = bench.group_of(case)
     if case.clip and case.method in CLIP_BY_NORM_OF_ALL:
-        group = bench.same_step_group(replace(case, method="everything"))
+        group = bench.group_of(replace(case, method="everything"))
     trainable_bytes = bench.tree_bytes(trainable)
-    return replace(step, same_step_group=group, trainable_bytes=trainable_bytes)
+    return replace(step, group=group, trainable_bytes=trainable_bytes)

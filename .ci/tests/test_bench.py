@@ -27,7 +27,7 @@ import bench
 import minifreeze as mf
 
 TOP = Path(bench.__file__).parent
-CARD = {"peak_flops": 200.0, "peak_bytes_per_s": 30.0}
+MACHINE = {"peak_flops": 200.0, "peak_bytes_per_s": 30.0}
 SHORT = {  # makes runs short and their figures meaningless
     "SAMPLE_S": 1e-9,
     "MAX_CALLS": 1,
@@ -81,7 +81,7 @@ def rows_in(file: Path, **wanted: Any) -> list[bench.Row]:
 
 
 def case(method: str = "everything", **changes: Any) -> bench.Case:
-    return bench.Case("methods", "deep", method, rows=8, **changes)
+    return bench.Case("methods", "deep", method, items=8, **changes)
 
 
 def result(
@@ -91,13 +91,13 @@ def result(
         case(method),
         bench.Program(**program),
         timing=bench.Timing(samples) if samples else None,
-        once=None if once is None else bench.Timing((once,)),
+        features_timing=None if once is None else bench.Timing((once,)),
     )
 
 
 def row_of(method: str, *results: bench.Result) -> bench.Row:
     """Returns the row of one method among results that were timed together."""
-    row = bench.find(bench.rows_of(results, CARD), method=method)
+    row = bench.find_row(bench.rows_of(results), method=method)
     assert row is not None
     return row
 
@@ -216,7 +216,7 @@ def test_an_interrupted_table_counts_its_finished_rounds(
 
 def test_a_call_of_many_steps_counts_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
-    step = replace(clock.step("scan", 0.5), steps=10)
+    step = replace(clock.step("scan", 0.5), training_steps=10)
     assert bench.sample(step, calls=2) == 0.05
 
 
@@ -251,7 +251,7 @@ def test_products_of_a_step(
 ) -> None:
     sizes, batch = (3, 5, 7, 2), 11
     problem = bench.mlp("mlp", sizes, batch, where)
-    problem = bench.place(problem, jax.devices()[:1])
+    problem = bench.spread(problem, jax.devices()[:1])
     step = bench.build_step(problem, case(method))
     program = bench.compile_step(step)
     wanted = products_by_hand(sizes, batch, forward, weights, inputs)
@@ -398,13 +398,15 @@ def test_memory_has_all_that_is_resident() -> None:
 
 def test_a_scan_has_no_limit_because_its_parameters_are_read_in_every_step() -> None:
     fn = FakeJitted(40.0)
-    step = bench.Step(fn, init=lambda: jnp.ones((4, 5)), args=(jnp.ones(3),), steps=2)
+    step = bench.Step(
+        fn, init=lambda: jnp.ones((4, 5)), args=(jnp.ones(3),), training_steps=2
+    )
     assert bench.compile_step(step).bytes_min is None
 
 
 def test_memory_of_hoist_includes_the_weights_that_its_step_does_not_read() -> None:
     problem = bench.mlp("mlp", (8, 16, 4), 2, ["linear_1"])
-    problem = bench.place(problem, jax.devices()[:1])
+    problem = bench.spread(problem, jax.devices()[:1])
     program = bench.compile_step(bench.build_step(problem, case("hoist")))
     assert program.unused_bytes is not None
     assert program.unused_bytes >= 4 * 8 * 16  # of linear_0/w
@@ -416,7 +418,7 @@ def test_memory_of_hoist_includes_the_weights_that_its_step_does_not_read() -> N
 def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
     everything = result("everything", 3.0, 4.0, 5.0)
     part = result("partition", 0.5, 2.0, 2.0)
-    rows = bench.rows_of([everything, part], CARD)
+    rows = bench.rows_of([everything, part])
     assert [row["speedup"] for row in rows] == [1, 4 / 2]
     assert [bench.speedup_text(row) for row in rows] == ["1.0x", "2.0x"]
     assert rows[1]["rows_per_s"] == 8 / 2
@@ -491,7 +493,9 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
         return real(*args)
 
     monkeypatch.setattr(mf, "hoist", warned)
-    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+    problem = bench.spread(
+        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
+    )
     with pytest.warns(RuntimeWarning, match="hoist the sails") as shown:
         remark = bench.hoist(problem).remark
     assert len(shown) == 1
@@ -499,7 +503,9 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
 
 
 def test_each_computation_of_features_waits_for_the_one_before() -> None:
-    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+    problem = bench.spread(
+        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
+    )
     step = bench.hoist(problem).features
     assert step is not None
     arguments = (step.init(), *step.args)
@@ -525,26 +531,33 @@ def test_random_numbers_are_found_in_a_cond(drawn: bool) -> None:
     assert (remark is not None) == drawn
 
 
-def test_limit_is_that_of_the_longer_of_products_and_bytes() -> None:
-    row = row_of("partition", result("partition", 4.0, flops_min=400, bytes_min=90))
-    assert row["limit_share"] == (90 / 30) / 4  # the products take 400 / 200
-    row = row_of("partition", result("partition", 4.0, flops_min=400, bytes_min=30))
-    assert row["limit_share"] == (400 / 200) / 4
+@pytest.mark.parametrize(
+    ("bytes_min", "limit_s"),
+    [(90, 90 / 30), (30, 400 / 200)],  # moving 90 bytes, or 400 FLOPs
+)
+def test_limit_is_that_of_the_longer_of_products_and_bytes(
+    bytes_min: int, limit_s: float
+) -> None:
+    ours = result("partition", 4.0, flops_min=400, bytes_min=bytes_min)
+    not_timed = result("hoist", flops_min=400, bytes_min=90)
+    rows = bench.rows_of([ours, not_timed])
+    bench.add_limits(rows, MACHINE)
+    assert [row["limit_share"] for row in rows] == [limit_s / 4, None]
 
 
 def test_limit_is_given_for_all_rows_of_a_table_or_for_none() -> None:
     ours = result("partition", 4.0, flops_min=400, bytes_min=90)
-    rows = bench.rows_of([ours, result("another library", 4.0)], CARD)
+    rows = bench.rows_of([ours, result("another library", 4.0)])
+    bench.add_limits(rows, MACHINE)
     assert [row["limit_share"] for row in rows] == [None, None]
 
 
 def test_efficiency_is_the_pace_of_one_device_that_each_keeps() -> None:
     def on(devices: int, seconds: float, layout: str = "replicated") -> bench.Result:
         there = case(devices=devices, layout=layout)
-        there = replace(there, rows=8 * devices)
         return bench.Result(there, bench.Program(), bench.Timing((seconds,)))
 
-    rows = bench.rows_of([on(1, 3.0), on(4, 4.0), on(4, 6.0, "sharded")], CARD)
+    rows = bench.rows_of([on(1, 3.0), on(4, 4.0), on(4, 6.0, "sharded")])
     assert [row["efficiency"] for row in rows] == [None, 3 / 4, 3 / 6]
     assert rows[1]["rows_per_s"] == 4 * 8 / 4
 
@@ -579,7 +592,7 @@ def test_a_table_has_its_units_in_the_titles_and_no_empty_columns() -> None:
             kept_bytes=1,
         ),
     ]
-    rows = bench.rows_of(results, CARD)
+    rows = bench.rows_of(results)
     lines = bench.table_text("deep", rows).splitlines()
     assert lines[1] == "deep"
     assert lines[2].split("  ")[0] == "method"
@@ -601,7 +614,7 @@ def test_answer_names_the_gain_and_what_it_costs() -> None:
         bench.Result(adam, bench.Program(memory_bytes=213_000_000)),
         bench.Result(adam_part, bench.Program(memory_bytes=60_000_000)),
     ]
-    text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
+    text = bench.conclusion([bench.rows_of(results)]).replace("\n", " ")
     assert text == (
         "deep: use partition, which is 2.7x faster than training everything. With "
         "Adam, partition needs 153 MB less memory. If batches repeat, each step of "
@@ -631,7 +644,7 @@ def test_answer_says_what_was_slower_or_not_timed(
         result("partition", *samples(part_s), flops_min=10),
         result("hoist", *samples(hoist_s), once=12.0, kept_bytes=5, flops_min=1),
     ]
-    text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
+    text = bench.conclusion([bench.rows_of(results)]).replace("\n", " ")
     assert words in text
     assert "measurably" not in text
 
@@ -643,11 +656,11 @@ def test_answer_prefers_devices_that_are_not_simulated() -> None:
             there = case(method, devices=devices, layout="replicated")
             there = replace(there, table="devices", simulated=simulated)
             results.append(bench.Result(there, bench.Program(sent_bytes=sent)))
-        return bench.rows_of(results, CARD)
+        return bench.rows_of(results)
 
     real, simulated = on(4, simulated=False), on(8, simulated=True)
-    assert "of 4 devices" in bench.answer([real, simulated])
-    assert "of 8 devices" in bench.answer([simulated])
+    assert "of 4 devices" in bench.conclusion([real, simulated])
+    assert "of 8 devices" in bench.conclusion([simulated])
 
 
 def test_answer_gives_no_verdict_inside_the_noise() -> None:
@@ -656,21 +669,19 @@ def test_answer_gives_no_verdict_inside_the_noise() -> None:
         result("partition", 2.0, 3.0, 4.0, flops_min=10, flops=10),
         result("hoist", 2.0, 3.0, 4.0, once=1.0, flops_min=10, flops=10),
     ]
-    text = bench.answer([bench.rows_of(results, CARD)]).replace("\n", " ")
+    text = bench.conclusion([bench.rows_of(results)]).replace("\n", " ")
     assert "partition was not measurably faster or slower" in text
     assert "There is nothing to hoist." in text
 
 
 # ---------------------------------------------------------------- the same step
 def moving(
-    changes: Mapping[str, Any], loss: float = 0.0, group: str = ""
+    changes: Mapping[str, Any], loss: float = 0.0, group: str | None = "sgd"
 ) -> bench.Step:
     """Returns a step that moves each parameter from three zeros by these changes."""
     change = {name: jnp.array(values, jnp.float32) for name, values in changes.items()}
     zeros = jax.tree.map(jnp.zeros_like, change)
-    return bench.Step(
-        lambda state: (change, loss), init=lambda: zeros, same_step_group=group
-    )
+    return bench.Step(lambda state: (change, loss), init=lambda: zeros, group=group)
 
 
 @pytest.mark.parametrize(
@@ -679,6 +690,8 @@ def moving(
         (moving({"w": [1, 1, 0.995]}), None),
         (moving({"w": [1, 1, 0.9]}), r"'w' is off by 0.1 \(tolerance 0.01\)"),
         (moving({"w": [1, 1, 0.9]}, group="clipped"), None),
+        (moving({"w": [1, 1, 0.9]}, group=None), None),
+        (moving({"w": [1, 1, 1]}, loss=np.nan, group=None), "the loss is nan"),
         (moving({"w": [1, 1, 1], "frozen": [0, 1e-3, 0]}),
          "'frozen' is frozen, but it changed"),
         (moving({"w": [1, 1, np.nan]}), "'w' is not finite after the step"),
@@ -703,7 +716,9 @@ def test_a_frozen_parameter_must_not_change_by_one_bit() -> None:
     one_ulp_more = frozen.at[1].set(jnp.bfloat16(1.0078125))
 
     def step(after: jax.Array) -> bench.Step:
-        return bench.Step(lambda state: ({"f": after}, 0.0), init=lambda: {"f": frozen})
+        return bench.Step(
+            lambda state: ({"f": after}, 0.0), init=lambda: {"f": frozen}, group="sgd"
+        )
 
     trains = moving({"w": [1, 1, 1]})  # without "f"
     bench.check_same_step({case("partition"): trains, case("hoist"): step(frozen)})
@@ -718,7 +733,9 @@ def test_a_step_that_changes_nothing_is_found_in_bfloat16_too() -> None:
     one_ulp_more = ones.at[1].set(jnp.bfloat16(1.0078125))
 
     def step(after: jax.Array) -> bench.Step:
-        return bench.Step(lambda state: ({"w": after}, 0.0), init=lambda: {"w": ones})
+        return bench.Step(
+            lambda state: ({"w": after}, 0.0), init=lambda: {"w": ones}, group="sgd"
+        )
 
     expected = {case("everything"): step(one_ulp_more)}
     bench.check_same_step(expected | {case("partition"): step(one_ulp_more)})
@@ -736,7 +753,9 @@ def test_a_sum_as_the_loss_is_named_on_several_devices() -> None:
 
 
 def test_a_method_that_trains_too_much_is_found() -> None:
-    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 4, "linear_1"), jax.devices()[:1])
+    problem = bench.spread(
+        bench.mlp("mlp", (2, 3, 2), 4, "linear_1"), jax.devices()[:1]
+    )
     other = replace(problem, where="linear_0")
     steps = {
         case("partition"): bench.build_step(problem, case("partition")),
@@ -769,7 +788,9 @@ def test_clipping_scales_all_gradients_by_one_factor() -> None:
 
 
 def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
-    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+    problem = bench.spread(
+        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
+    )
 
     def build(case: bench.Case) -> bench.Step:
         step = bench.build_step(problem, case)
@@ -780,9 +801,9 @@ def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
         return step
 
     cases = [case(method) for method in ("everything", "partition", "hoist")]
-    results = bench.measure(cases, build, options_of("--rounds", "1"))
+    rows = bench.measure(cases, build, options_of("--rounds", "1"))
     remark = "out of memory; the other methods of this table were also loaded"
-    said = [(r.remark, r.timing is not None) for r in results]
+    said = [(row["remark"], row["step_s"] is not None) for row in rows]
     assert said == [(remark, False), (None, True), (remark, False)]
 
 
@@ -852,9 +873,8 @@ def test_the_run_table_is_always_of_sgd() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHORT.items():
             patch.setattr(bench, name, value)
-        [(_, results)] = bench.run_table(options, [problem])
-    names = [bench.label(result.case) for result in results]
-    assert names == ["loop", "scan"]
+        [(_, rows)] = bench.run_table(options, [problem])
+    assert [row["label"] for row in rows] == ["loop", "scan"]
 
 
 def test_the_peak_is_measured_in_the_dtype_of_most_parameters() -> None:
@@ -883,7 +903,7 @@ def test_run_times_all_rows_that_are_not_simulated(whole_run: Any) -> None:
     for row in rows_in(whole_run[0], simulated=False):
         assert row["step_s"] > 0
         assert len(row["samples"]) == 1
-        assert row["rows_per_s"] == row["rows"] / row["step_s"]
+        assert row["rows_per_s"] == row["devices"] * row["items"] / row["step_s"]
     for row in rows_in(whole_run[0], simulated=True):
         assert row["step_s"] is None
         assert row["samples"] == []
@@ -1079,7 +1099,7 @@ def test_rows_of_token_ids_are_counted_in_tokens(models: Path) -> None:
     problem = load(models, "tokens")
     assert (problem.batch_rows, problem.tokens) == (4, 7)
     case = bench.baseline_case("methods", problem, options_of())
-    assert (case.rows, case.unit) == (28, "tokens")
+    assert (case.items, case.unit) == (28, "tokens")
     assert load(models, "good").tokens is None
 
 
@@ -1177,7 +1197,7 @@ def test_a_plot_of_nothing_keeps_the_old_one(tmp_path: Path) -> None:
     report, plot = bench.Report(), tmp_path / "x.png"
     plot.write_text("old")
     report.options.plot = plot
-    rows = bench.rows_of([result("everything")], CARD)  # not timed
+    rows = bench.rows_of([result("everything")])  # not timed
     report.tables = [("deep", rows)]
     bench.write_plot(report)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
@@ -1454,22 +1474,23 @@ def test_a_topology_is_compiled_replicated_and_sharded(
     monkeypatch.setattr(bench, "topology_devices", lambda name: chips)
     placed = []
 
-    def place(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
+    def spread(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
         placed.append((devices, sharded, abstract))
         raise MemoryError
 
-    monkeypatch.setattr(bench, "place", place)
+    monkeypatch.setattr(bench, "spread", spread)
     options = options_of("--compile-only", "--topology", "v5e:2x2")
-    ((title, results),) = bench.devices_table(options, [problem])
+    ((title, rows),) = bench.devices_table(options, [problem])
     assert placed == [(chips, False, True)] * 2 + [(chips, True, True)] * 2
-    cases = [r.case for r in results]
-    assert [(c.layout, c.method, c.platform, c.devices) for c in cases] == [
-        ("replicated", "everything", "tpu", 4),
-        ("replicated", "partition", "tpu", 4),
-        ("sharded", "everything", "tpu", 4),
-        ("sharded", "partition", "tpu", 4),
+    found = [[row[key] for key in ("layout", "method", "platform")] for row in rows]
+    assert found == [
+        ["replicated", "everything", "tpu"],
+        ["replicated", "partition", "tpu"],
+        ["sharded", "everything", "tpu"],
+        ["sharded", "partition", "tpu"],
     ]
-    assert all(c.simulated and c.rows == 16 for c in cases)
+    for row in rows:
+        assert (row["devices"], row["items"], row["simulated"]) == (4, 4, True)
     assert title.endswith("as compiled for v5e:2x2, not run")
 
 
@@ -1496,14 +1517,14 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_peers_take_our_step_in_every_form(short: None, peers: dict[str, Any]) -> None:
     problem = bench.mlp("mlp", (4, 8, 8, 2), 4, ["linear_0", "linear_2"])
     options = options_of("--rounds", "1", "--peers")
-    ((_, results),) = peers["peers_table"](options, [problem])
-    methods = [r.case.method for r in results]
+    ((_, rows),) = peers["peers_table"](options, [problem])
+    methods = [row["method"] for row in rows]
     own = ["everything", "partition"]
     assert methods == [*own, *own, *peers["FORMS"], *peers["CLIPPED_FORMS"]]
-    timed = {r.case.method for r in results if r.timing is not None}
+    timed = {row["method"] for row in rows if row["step_s"] is not None}
     assert {"haiku", "equinox, filter_jit", "nnx, cached_partial", "optax"} <= timed
-    for r in results:
-        assert r.timing is not None or "left out" in str(r.remark)
+    for row in rows:
+        assert row["step_s"] is not None or "left out" in row["remark"]
 
 
 @pytest.mark.slow
@@ -1514,7 +1535,7 @@ def test_peers_that_are_missing_are_named(
         monkeypatch.setitem(sys.modules, module, None)
     problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"])
     options = options_of("--rounds", "1", "--peers")
-    ((_, results),) = peers["peers_table"](options, [problem])
-    for r in results[4:]:
-        assert str(r.remark).startswith("left out: ")
-        assert r.timing is None
+    ((_, rows),) = peers["peers_table"](options, [problem])
+    for row in rows[4:]:
+        assert row["remark"].startswith("left out: ")
+        assert row["step_s"] is None
