@@ -483,9 +483,9 @@ def summary(**parts: PyTree) -> str:
 
 def _table(rows: Sequence[Sequence[Any]]) -> str:
     """Aligns rows of cells in columns, two spaces apart."""
-    widths = [0] * len(rows[0])
-    for row in rows:
-        widths = [max(width, len(str(cell))) for width, cell in zip(widths, row)]
+    widths = []
+    for column in zip(*rows):
+        widths.append(max(len(str(cell)) for cell in column))
     lines = []
     for row in rows:
         cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
@@ -862,9 +862,9 @@ def _describe_type(leaf: Any, weak_types: bool) -> str:
 class _Cost(enum.IntEnum):
     """How costly an operation is. REDUCTION and HEAVY both count as costly."""
 
-    CHEAP = 0
-    REDUCTION = 1  # not worth hoisting on its own
-    HEAVY = 2  # all other operations
+    CHEAP = enum.auto()
+    REDUCTION = enum.auto()  # not worth hoisting on its own
+    HEAVY = enum.auto()  # all other operations
 
 
 @dataclass(frozen=True)
@@ -1056,7 +1056,7 @@ def _subprogram(
 
 
 def _warn_if_useless(once_program: _Program) -> None:
-    if any(operation.cost == _Cost.HEAVY for operation in once_program.operations):
+    if any(operation.cost is _Cost.HEAVY for operation in once_program.operations):
         return
     warnings.warn(
         "hoist found nothing worth computing once per batch: every costly operation, "
@@ -1069,9 +1069,9 @@ def _warn_if_useless(once_program: _Program) -> None:
 class _Kind(enum.IntEnum):
     """When a value can be computed; see ``hoist``."""
 
-    FIXED = 0
-    EARLY = 1
-    LATE = 2
+    FIXED = enum.auto()
+    EARLY = enum.auto()
+    LATE = enum.auto()
 
 
 def _kind(operation: _Operation, kinds: Sequence[_Kind]) -> _Kind:
@@ -1117,7 +1117,7 @@ def _values_to_keep(
                 early_inputs.append(value_id)
         # Repeating an operation means repeating the fixed values that it reads, too.
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
-        is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed
+        is_costly = operation.cost is not _Cost.CHEAP or reads_costly_fixed
         if kind is _Kind.LATE:
             needed.update(early_inputs)
         elif kind is _Kind.EARLY and is_costly:
@@ -1171,7 +1171,7 @@ def _minimum_cut(
     """
     # residual[a][b] is how much more flow can go from a to b. Through the pipe of a
     # value, flow goes from (id, "in") to (id, "out").
-    sink: _Node = (-1, "sink")
+    sink: _Node = (0, "sink")
     residual: dict[_Node, dict[_Node, float]] = defaultdict(dict)
 
     def connect(tail: _Node, head: _Node, capacity: float) -> None:

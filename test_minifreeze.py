@@ -580,6 +580,9 @@ def divides_by_zero(path: Any, leaf: Any) -> bool:
     return bool(1 / 0)
 
 
+[(FIRST_PATH, _), *_] = jax.tree_util.tree_leaves_with_path(LAYERS)
+
+
 def all_false() -> PyTree:
     return jax.tree.map(lambda leaf: False, LAYERS)
 
@@ -629,7 +632,7 @@ def one_mark_is_an_integer() -> PyTree:
         pytest.param(
             never,
             ValueError,
-            ["none of the leaves 'linear_0/b'", "'linear_10/w'"],
+            ["none of the leaves 'linear_0/b'", "'linear_10/w'", f"is {FIRST_PATH}"],
             id="predicate selects nothing",
         ),
         pytest.param(
@@ -1719,6 +1722,20 @@ def test_hoist_breaks_ties_in_favor_of_the_latest_value() -> None:
     assert "sin" in in_once
     assert "tanh" not in in_rest
     assert "sin" not in in_rest
+
+
+def test_hoist_keeps_one_byte_from_which_two_outputs_are_rebuilt() -> None:
+    # The flow from the first output fills the largest value, and the flow from the
+    # second one must be able to push it back.
+    def fn(t: Any, f: Any, x: Any) -> Any:
+        largest = x.max()
+        return largest + jnp.uint8(1), t * largest.astype(jnp.float32)
+
+    args = [abstract(), None, abstract(8, dtype="uint8")]
+    assert kept_arrays(fn, *args) == ["uint8[]"]
+    in_once, in_rest = programs(fn, *args)
+    assert "add" in in_rest
+    assert "add" not in in_once
 
 
 def wide_copy(t: Any, f: Any, x: Any) -> Any:

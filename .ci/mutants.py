@@ -5,7 +5,7 @@
     mutants.py clauses             try every clause mutant
     mutants.py prune SESSION       leave out operator mutants that cannot matter
     mutants.py retry SESSION       forget the mutants that survived, to try them again
-    mutants.py covering FILE LINE  the tests that run a line of minifreeze.py
+    mutants.py covering FILE MODULE LINE  the tests that run a line of a module
     mutants.py survivors SESSION   write .ci/survivors.md
 
 SESSION is cosmic-ray's SQLite file. FILE is of coverage, with a context per test.
@@ -132,15 +132,15 @@ def retry(session: sqlite3.Connection) -> None:
     session.execute("DELETE FROM work_results WHERE test_outcome != 'KILLED'")
 
 
-def print_covering_tests(file: str, line: int) -> None:
+def print_covering_tests(file: str, module: str, line: int) -> None:
     """Prints the tests that run a line, those that run the fewest lines first."""
     from coverage import CoverageData
 
     data = CoverageData(file)
     data.read()
-    [module] = [name for name in data.measured_files() if "test_" not in name]
+    [source] = [name for name in data.measured_files() if Path(name).name == module]
     lines_of: dict[str, set[int]] = {}
-    for number, contexts in data.contexts_by_lineno(module).items():
+    for number, contexts in data.contexts_by_lineno(source).items():
         for context in contexts:
             test = context.partition("|")[0].partition("[")[0]  # of all parameters
             lines_of.setdefault(test, set()).add(number)
@@ -247,8 +247,8 @@ def main() -> None:
         try_clauses()
         return
     if command == "covering":
-        file, line = arguments
-        print_covering_tests(file, int(line))
+        file, module, line = arguments
+        print_covering_tests(file, module, int(line))
         return
     steps = {"prune": prune, "retry": retry, "survivors": write_survivors}
     with sqlite3.connect(arguments[0]) as session:
