@@ -164,13 +164,13 @@ HOIST = [
     ),
     Clause(
         "costly results are rebuilt",
-        "is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed",
+        "is_costly = operation.cost is not _Cost.CHEAP or reads_costly_fixed",
         "is_costly = reads_costly_fixed",
     ),
     Clause(
         "costly results of weights alone are rebuilt",
-        "is_costly = operation.cost > _Cost.CHEAP or reads_costly_fixed",
-        "is_costly = operation.cost > _Cost.CHEAP",
+        "is_costly = operation.cost is not _Cost.CHEAP or reads_costly_fixed",
+        "is_costly = operation.cost is not _Cost.CHEAP",
     ),
     Clause(
         "outputs that only the batch makes are forgotten",
@@ -184,8 +184,8 @@ HOIST = [
     ),
     Clause(
         "a useless hoist is silent if it moves a reduction",
-        "if any(operation.cost == _Cost.HEAVY for",
-        "if any(operation.cost > _Cost.CHEAP for",
+        "if any(operation.cost is _Cost.HEAVY for",
+        "if any(operation.cost is not _Cost.CHEAP for",
     ),
     Clause(
         "weak types may differ",
