@@ -12,10 +12,11 @@
 
 The benchmark comes first: the methods, the check that all of them take the same step,
 the timing, the main table and main(). Below the banner: optimizers, compiler
-statistics, several devices, other tables, your own model, options and output.
+statistics, several devices, the other tables, loading your own model, options and
+output.
 
-"Features" are what hoist computes once per batch and stores: the intermediate values
-that depend only on frozen parameters and the batch.
+The hoist method computes once per batch whatever depends only on frozen parameters and
+the batch. These stored values are called features.
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ import minifreeze as mf
 
 Tree = Any  # a pytree of arrays, or of their shapes
 Function = Callable[..., Any]
-Row = dict[str, Any]  # of a table, as in the JSON file; an unknown figure is None
+LeavesByPath = dict[Any, np.ndarray[Any, Any]]  # of a tree, copied to the host
+Row = dict[str, Any]  # a table row, as in the JSON file; unknown values are None
 Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
 Key = TypeVar("Key", bound=Hashable)
 
-SAMPLE_S = 0.05  # minimum duration of a sample; most take up to twice as long
+ROUNDS = 7  # samples per case, by default
+SAMPLE_S = 0.05  # shortest sample; most last up to twice this
 MAX_CALLS = 10_000  # per sample
 
 
@@ -91,11 +94,11 @@ class Problem:
     loss: Function
     params: Tree  # arrays; shapes if the problem is only compiled
     batch: tuple[Tree, ...]
-    batch_rows: int  # on one device
+    batch_rows: int  # rows in one device's batch
     tokens: int | None = None  # per row, if the batch is token ids
     sizes: tuple[int, ...] = ()  # of the MLP; empty for your own model
     optimizer: Any = None  # the optax optimizer that your own model returned, if any
-    mesh: Mesh | None = None  # the devices on which spread() has put it
+    mesh: Mesh | None = None  # the devices that hold the arrays; set by place()
     sharded: bool = False  # whether each parameter is split over the mesh
 
 
@@ -114,8 +117,8 @@ class Case:
     layout: str | None = None  # on several devices: "replicated" or "sharded"
     platform: str = field(default_factory=jax.default_backend)
     simulated: bool = False  # compiled for devices that are not present
-    items: int = 0  # in the batch of one device
-    unit: str = "rows"  # of the items; or "tokens"
+    batch_size: int = 0  # rows or tokens in one device's batch
+    batch_unit: str = "rows"  # or "tokens"
 
 
 @dataclass(frozen=True)
@@ -129,15 +132,17 @@ class Step:
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
     training_steps: int = 1  # per call of fn
-    features: Step | None = None  # computes hoist's features of the batch
-    # Steps in one group must update the parameters that get_params(state) returns in
-    # the same way. A step without a group is not compared.
+    # Computes hoist's features of the batch. Its state is the previous features, and
+    # its loss is ().
+    features_step: Step | None = None
+    # All steps in a group must make the same update to the parameters that
+    # get_params(state) returns. A step without a group is not compared.
     group: str | None = None
     get_params: Function = lambda state: state
     # For the table:
     remark: str | None = None
     trainable_bytes: int | None = None  # per device
-    written_bytes: int | None = None  # trainables + optimizer state, per device
+    written_bytes: int | None = None  # at least, by one step on one device
 
 
 @dataclass(frozen=True)
@@ -155,14 +160,31 @@ class Timing:
         """The median absolute deviation."""
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
-    def overlaps(self, other: Timing) -> bool:
-        """Returns whether the intervals median ± spread overlap.
+    def differs(self, other: Timing) -> bool | None:
+        """Returns whether the intervals median ± spread are apart.
 
-        Fewer than three samples have no meaningful spread, so they always do.
+        Returns None with fewer than three samples, whose spread means nothing.
         """
         if min(len(self.samples), len(other.samples)) < 3:
-            return True
-        return abs(self.median - other.median) <= self.spread + other.spread
+            return None
+        return abs(self.median - other.median) > self.spread + other.spread
+
+
+@dataclass(frozen=True)
+class CompilerStats:
+    """What the compiler says about a step, per device."""
+
+    compile_s: float | None = None
+    flops: int | None = None  # XLA's count; None if it misses matrix products
+    flops_min: int | None = None  # of the matrix products and convolutions alone
+    bytes_min: int | None = None  # of all arguments, and of what a step must write
+    memory_bytes: int | None = None  # resident arrays plus temporaries
+    temp_bytes: int | None = None
+    unused_bytes: int | None = None  # resident, but not read by the step
+    trainable_bytes: int | None = None
+    kept_bytes: int | None = None  # the features of one batch
+    collective_bytes: int | None = None  # results of the collectives
+    sent_bytes: int | None = None  # by one device for the collectives, assuming rings
 
 
 @dataclass(frozen=True)
@@ -170,10 +192,10 @@ class Result:
     """What was measured for a case. Ratios to other cases are computed later."""
 
     case: Case
-    program: Program  # the compiler's figures; the class is below the banner
+    stats: CompilerStats
     timing: Timing | None = None  # None if the case was not timed
     features_timing: Timing | None = None  # of one batch
-    peak_memory_bytes: int | None = None  # of the process so far
+    peak_memory_bytes: int | None = None  # of the process, once the case has run
     remark: str | None = None
 
 
@@ -189,7 +211,7 @@ class Gradients(NamedTuple):
     fn: Function
     params: Tree
     args: tuple[Tree, ...]
-    features: Step | None = None
+    features_step: Step | None = None
     remark: str | None = None
 
 
@@ -219,7 +241,7 @@ def hoist(problem: Problem) -> Gradients:
         fn,
         trainable,
         (frozen, features),
-        features=features_step(once, args, features),
+        features_step=build_features_step(once, args, features),
         remark=hoist_remark(caught, jax.make_jaxpr(once)(*args)),
     )
 
@@ -281,39 +303,36 @@ def build_step(problem: Problem, case: Case) -> Step:
     def get_params(state: Tree) -> Tree:
         params, _ = state
         if case.method == "everything":
-            # It updates the frozen leaves, too, unlike every other method.
+            # Unlike the other methods, this one also updates the frozen leaves.
             params, _ = mf.partition(problem.where, params)
         return params
 
-    where = "*" if case.method == "everything" else problem.where
-    trainable, _ = mf.partition(where, problem.params)
-    written = new_state(problem, optimizer, shapes_of(trainable))
-
     donated = (0,) if case.donate else ()
-    # Keep each output where its input was, or XLA may choose another layout.
+    # Without output shardings, XLA may choose others than those of the inputs.
     state = new_state(problem, optimizer, shapes_of(gradients.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    trained, moments = trained_state(problem, optimizer, case)
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
         init=partial(new_state, problem, optimizer, gradients.params),
         args=gradients.args,
-        features=gradients.features,
+        features_step=gradients.features_step,
         group=group_of(case),
         get_params=get_params,
         remark=gradients.remark,
-        trainable_bytes=tree_bytes(trainable),
-        written_bytes=tree_bytes(written),
+        trainable_bytes=tree_bytes(trained),
+        written_bytes=tree_bytes((trained, moments)),
     )
 
 
 # -------------------------------------------------- do all methods take the same step?
 def check_same_step(steps: Mapping[Case, Step]) -> None:
-    """Raises FloatingPointError unless all steps of a group update alike.
+    """Raises FloatingPointError unless all steps in a group make the same update.
 
     The first step of a group is the reference. Parameters that it does not update are
     frozen, and must not change in the others.
     """
-    references: dict[str, tuple[Case, Arrays]] = {}
+    references: dict[str, tuple[Case, LeavesByPath]] = {}
     for case, step in steps.items():
         state = step.init()
         before = to_host(step.get_params(state))
@@ -324,6 +343,7 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         if step.group is None:
             continue
 
+        # Comparing the reference with itself finds values that are not finite.
         references.setdefault(step.group, (case, after))
         reference, expected = references[step.group]
         mismatch = find_mismatch(before, after, expected)
@@ -344,20 +364,21 @@ def run_calls(step: Step, state: Tree, calls: int) -> tuple[Tree, float]:
         state, loss = step.fn(state, *step.args)
     jax.block_until_ready((state, loss))
     seconds = time.perf_counter() - start
-    # In a cluster, all processes go by the clock of the first one.
+    # In a cluster, all processes use the first one's measurement.
     return state, from_first_process(seconds)
 
 
 def calibrate(step: Step) -> int:
-    """Returns the number of calls that take at least SAMPLE_S. Reports no timings."""
+    """Returns how many calls take at least SAMPLE_S, up to MAX_CALLS."""
     state, _ = run_calls(step, step.init(), 1)  # warm-up
     calls = 1
     while calls < MAX_CALLS:
         state, seconds = run_calls(step, state, calls)
-        if seconds >= SAMPLE_S:  # repeat, in case the machine was briefly busy
-            state, seconds = run_calls(step, state, calls)
         if seconds >= SAMPLE_S:
-            break
+            # Make sure that it was not just a brief hiccup of the machine.
+            state, seconds_again = run_calls(step, state, calls)
+            if seconds_again >= SAMPLE_S:
+                break
         calls = min(2 * calls, MAX_CALLS)
     return calls
 
@@ -374,7 +395,7 @@ def sample(step: Step, calls: int) -> float:
     return seconds / (calls * step.training_steps)
 
 
-def time_rounds(steps: Mapping[Key, Step], rounds: int = 7) -> dict[Key, Timing]:
+def time_rounds(steps: Mapping[Key, Step], rounds: int = ROUNDS) -> dict[Key, Timing]:
     """Times each step once per round, in a new random order each round.
 
     The number of calls per sample is fixed before the first sample. On Ctrl-C, this
@@ -407,18 +428,21 @@ def measure(
 ) -> list[Row]:
     """Compiles the cases of a table, checks that their steps agree, and times them."""
     steps: dict[Case, Step] = {}
-    programs: dict[Case, Program] = {}
+    stats: dict[Case, CompilerStats] = {}
+    peaks: dict[Case, int | None] = {}
     remarks: dict[Case, str | None] = {}
     for case in cases:
         try:
             step = build(case)
-            programs[case] = compile_step(step, case.devices, options.batches)
+            stats[case] = compile_step(step, case.devices, options.batches)
             if not case.simulated:
                 try_out(step)
+                peaks[case] = peak_memory_bytes()
         except Exception as error:
             remark = expected_failure(error, case)
             if remark is None:
                 raise
+            # The row has this remark, and the compiler's statistics if there are any.
             remarks[case] = remark
             continue
         steps[case] = step
@@ -433,10 +457,10 @@ def measure(
     for case in cases:
         result = Result(
             case,
-            program=programs.get(case, Program()),
+            stats=stats.get(case, CompilerStats()),
             timing=timings.get((case, "step")),
             features_timing=timings.get((case, "features")),
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peaks.get(case),
             remark=remarks[case],
         )
         results.append(result)
@@ -446,7 +470,7 @@ def measure(
 def with_sgd(
     steps: Mapping[Case, Step], build: Callable[[Case], Step]
 ) -> dict[Case, Step]:
-    """Rebuilds the steps of other optimizers with SGD, to compare their updates.
+    """Returns the steps to compare, with SGD in place of every other optimizer.
 
     Adam's first update is nearly the sign of the gradient, and rounding can flip a
     sign.
@@ -464,21 +488,21 @@ def with_features(steps: Mapping[Case, Step]) -> dict[tuple[Case, str], Step]:
     to_time = {}
     for case, step in steps.items():
         to_time[case, "step"] = step
-        if step.features is not None:
-            to_time[case, "features"] = step.features
+        if step.features_step is not None:
+            to_time[case, "features"] = step.features_step
     return to_time
 
 
 def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
-    """One step per method.
+    """Times one training step of each method.
 
-    Without an optimizer of your own, the last problem is also run without donation,
-    with clipping, and with Adam.
+    Unless the model brings its own optimizer, the last problem also gets rows with
+    clipping, with Adam, and with stop_gradient undonated.
     """
     for problem in problems:
         baseline = baseline_case("methods", problem, options)
-        # With your own optimizer, the other methods pass it the frozen parameters, too,
-        # and it may update every parameter it receives, for example by weight decay.
+        # The methods left out would also pass your optimizer the frozen parameters,
+        # which it might change, for example by weight decay.
         methods = METHODS if problem.optimizer is None else MAIN_METHODS
         cases = [replace(baseline, method=method) for method in methods]
         if problem.optimizer is None and problem is problems[-1]:
@@ -488,15 +512,15 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
             if baseline.optimizer != "adam":
                 for method in MAIN_METHODS:
                     cases.append(replace(baseline, method=method, optimizer="adam"))
-        problem = spread(problem, jax.local_devices()[:1])
-        yield describe(problem), measure(cases, partial(build_step, problem), options)
+        placed = place(problem, jax.local_devices()[:1])
+        yield describe(problem), measure(cases, partial(build_step, placed), options)
 
 
 def run(argv: Sequence[str] | None, report: Report) -> None:
     """Measures and prints each table that the options ask for."""
     options = report.options = parse(argv)
     problems = set_up(options)
-    report.begin(problems[-1])
+    report.begin(dtype_of(problems[-1].params))
     for name in options.tables:
         for title, rows in TABLES[name](options, problems):
             report.add(title, rows)
@@ -557,9 +581,10 @@ def mlp(
 
 def baseline_case(table: str, problem: Problem, options: Namespace) -> Case:
     """Returns the case of training everything on one device."""
-    case = Case(table, problem.name, "everything", items=problem.batch_rows)
+    case = Case(table, problem.name, "everything", batch_size=problem.batch_rows)
     if problem.tokens is not None:
-        case = replace(case, items=problem.batch_rows * problem.tokens, unit="tokens")
+        tokens = problem.batch_rows * problem.tokens
+        case = replace(case, batch_size=tokens, batch_unit="tokens")
     if problem.optimizer is not None:
         return replace(case, optimizer="optax")
     return replace(case, optimizer=options.optimizer)
@@ -638,11 +663,10 @@ def group_of(case: Case) -> str:
 
 
 # ---------------------------------------------------------- details of the benchmark
-Arrays = dict[Any, np.ndarray[Any, Any]]  # by key path, on the host
 NOTHING_TO_HOIST = "nothing to hoist"
 
 
-def features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
+def build_features_step(once: Function, args: tuple[Tree, ...], features: Tree) -> Step:
     """Returns the step that computes hoist's features.
 
     Its state is the previous call's features. They are passed in only so that each call
@@ -682,12 +706,16 @@ def draws_random_numbers(jaxpr: Any) -> bool:
     return False
 
 
-def find_mismatch(before: Arrays, after: Arrays, expected: Arrays) -> str | None:
+def find_mismatch(
+    before: LeavesByPath, after: LeavesByPath, expected: LeavesByPath
+) -> str | None:
     """Describes how a step differs from the expected one; None if it does not.
 
-    The parameters may differ by rounding. In bfloat16, that can be more than a whole
-    update. So together, they must also have moved at least half the expected way.
+    The parameters may differ by rounding. In bfloat16, rounding can exceed a whole
+    update, so together they must also have moved at least half the expected way.
     """
+    if not expected.keys() & after.keys():
+        return "it updates none of the parameters that the reference updates"
     moved, expected_to_move = 0.0, 0.0
     for path, leaf in after.items():
         mismatch = deviation(before[path], leaf, expected.get(path))
@@ -727,7 +755,7 @@ def deviation(before: Any, got: Any, expected: Any) -> str | None:
     return None
 
 
-def to_host(tree: Tree) -> Arrays:
+def to_host(tree: Tree) -> LeavesByPath:
     """Gathers every leaf, from all processes, as NumPy arrays keyed by path."""
     arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -744,13 +772,14 @@ def from_first_process(value: float) -> float:
 def try_out(step: Step) -> None:
     """Runs a step once, to find out whether it fits in memory."""
     run_calls(step, step.init(), 1)
-    if step.features is not None:
-        run_calls(step.features, step.features.init(), 1)
+    if step.features_step is not None:
+        run_calls(step.features_step, step.features_step.init(), 1)
 
 
 def expected_failure(error: Exception, case: Case) -> str | None:
     """Returns the remark for a case that cannot run, or None if the error is a bug."""
-    if isinstance(error, ImportError):  # an optional library is missing
+    is_peer = case.method not in METHODS
+    if is_peer and isinstance(error, ImportError):  # its library is missing
         return f"left out: {error}"
     # In a cluster, the other processes would wait for this one forever.
     out_of_memory = r"MemoryError|RESOURCE_EXHAUSTED|out.of.memory"
@@ -758,7 +787,7 @@ def expected_failure(error: Exception, case: Case) -> str | None:
         return None
     if case.simulated:
         return "out of memory"
-    return "out of memory; the other methods of this table were also loaded"
+    return "out of memory (the table's other methods were in memory, too)"
 
 
 def peak_memory_bytes() -> int | None:
@@ -774,7 +803,7 @@ def label(case: Case) -> str:
         words.append("not donated")
     if case.frozen_layers:
         words.append(f"{case.frozen_layers} frozen")
-    if case.clip and case.method in METHODS:  # other libraries' names say so
+    if case.clip and case.method in METHODS:  # the names of peers already say so
         words.append("clipped")
     if case.optimizer != "sgd":
         words.append("Adam" if case.optimizer == "adam" else case.optimizer)
@@ -803,25 +832,8 @@ def tree_bytes(tree: Tree) -> int:
     return total
 
 
-# ------------------------------------------------------------- the compiler's figures
-@dataclass(frozen=True)
-class Program:
-    """Compiler statistics for a step, per device."""
-
-    compile_s: float | None = None
-    flops: int | None = None  # XLA's count; None if it misses matrix products
-    flops_min: int | None = None  # of the matrix products and convolutions alone
-    bytes_min: int | None = None  # arguments read once, trainables + state written once
-    memory_bytes: int | None = None  # resident arrays plus temporaries
-    temp_bytes: int | None = None
-    unused_bytes: int | None = None  # resident, but not read by the step
-    trainable_bytes: int | None = None
-    kept_bytes: int | None = None  # hoist's features of one batch
-    collective_bytes: int | None = None  # results of the collectives
-    sent_bytes: int | None = None  # by one device for the collectives, assuming rings
-
-
-def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
+# ---------------------------------------------------------- what the compiler reports
+def compile_step(step: Step, devices: int = 1, batches: int = 1) -> CompilerStats:
     """Compiles a step and reads what the compiler says about it.
 
     Args:
@@ -830,26 +842,25 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
         devices: how many devices share the work evenly.
         batches: batches per epoch; the features of each stay in memory.
     """
-    program = Program(trainable_bytes=step.trainable_bytes)
-    if step.features is not None:
-        kept_bytes = tree_bytes(jax.eval_shape(step.features.init))
-        program = replace(program, kept_bytes=kept_bytes)
+    stats = CompilerStats(trainable_bytes=step.trainable_bytes)
+    if step.features_step is not None:
+        features = jax.eval_shape(step.features_step.init)
+        stats = replace(stats, kept_bytes=tree_bytes(features))
     if not hasattr(step.fn, "lower"):
-        return program
+        return stats
 
     arguments = (step.init(), *step.args)
     start = time.perf_counter()
     compiled = step.fn.lower(*arguments).compile()
-    compile_s = time.perf_counter() - start
+    stats = replace(stats, compile_s=time.perf_counter() - start)
     compiled = getattr(compiled, "compiled", compiled)  # Equinox and Flax wrap it
-    program = replace(program, compile_s=compile_s)
 
     if hasattr(step.fn, "trace"):
         jaxpr, is_read = without_dead_code(step.fn.trace(*arguments).jaxpr)
         leaves = jax.tree.leaves(arguments)
         unread = [leaf for leaf, read in zip(leaves, is_read) if not read]
-        program = replace(
-            program,
+        stats = replace(
+            stats,
             flops_min=product_flops(jaxpr) // (step.training_steps * devices),
             unused_bytes=tree_bytes(unread),
         )
@@ -857,27 +868,31 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> Program:
     # XLA does not count library calls, and counts a loop body only once. Discard its
     # count if it is below that of the products alone.
     costs = compiled.cost_analysis() or {}
-    if "flops" in costs and costs["flops"] >= (program.flops_min or 0):
-        program = replace(program, flops=int(costs["flops"]))
+    if "flops" in costs and costs["flops"] >= (stats.flops_min or 0):
+        stats = replace(stats, flops=int(costs["flops"]))
 
     collective, sent = collective_bytes(compiled.as_text(), devices)
-    program = replace(program, collective_bytes=collective, sent_bytes=sent)
+    stats = replace(stats, collective_bytes=collective, sent_bytes=sent)
     memory = compiled.memory_analysis()
-    return program if memory is None else with_memory(program, memory, step, batches)
+    return stats if memory is None else with_memory(stats, memory, step, batches)
 
 
-def with_memory(program: Program, memory: Any, step: Step, batches: int) -> Program:
-    """Adds the figures that follow from XLA's memory analysis."""
+def with_memory(
+    stats: CompilerStats, memory: Any, step: Step, batches: int
+) -> CompilerStats:
+    """Adds what follows from XLA's memory analysis."""
     # Outputs that overwrite donated arguments are aliases.
     new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
     memory_bytes = memory.argument_size_in_bytes + new_bytes + memory.temp_size_in_bytes
-    memory_bytes += program.unused_bytes or 0  # jit drops arguments it does not read
-    memory_bytes += (program.kept_bytes or 0) * (batches - 1)  # of the other batches
+    # jit drops arguments that it does not read, but they stay in memory.
+    memory_bytes += stats.unused_bytes or 0
+    # The arguments include the features of only one batch.
+    memory_bytes += (stats.kept_bytes or 0) * (batches - 1)
     bytes_min = None
     if step.training_steps == 1:  # a scan may keep parameters in a cache
         bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
     return replace(
-        program,
+        stats,
         bytes_min=bytes_min,
         memory_bytes=memory_bytes,
         temp_bytes=memory.temp_size_in_bytes,
@@ -927,7 +942,11 @@ def product_flops(jaxpr: Any) -> int:
 
 
 def convolution_products(eqn: Any) -> int:
-    """Counts the multiplications of a convolution, excluding padding."""
+    """Counts the multiplications of a convolution.
+
+    Zeros from padding or dilation do not count. The rest is separable: the product of
+    one count for each spatial axis.
+    """
     image, kernel = (variable.aval.shape for variable in eqn.invars)
     output = eqn.outvars[0].aval.shape
     image_spec, kernel_spec, output_spec = eqn.params["dimension_numbers"]
@@ -963,7 +982,7 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         for them, assuming ring algorithms. A collective in a loop counts once.
     """
     n = devices
-    sent_per_byte = {  # of the result, which for reduce-scatter is 1/n of the input
+    sent_per_byte = {  # of the result; that of a reduce-scatter is 1/n of its input
         "all-reduce": 2 * (n - 1) / n,
         "all-gather": (n - 1) / n,
         "reduce-scatter": n - 1,
@@ -997,16 +1016,16 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------- several devices
-def spread(
+def place(
     problem: Problem,
     devices: Sequence[jax.Device],
     sharded: bool = False,
     abstract: bool = False,
 ) -> Problem:
-    """Spreads a problem over devices, giving each its own copy of the batch.
+    """Places a problem on a mesh of devices, each with its own copy of the batch.
 
     Args:
-        problem: with arrays or shapes.
+        problem: the problem; its leaves may be arrays or shapes.
         devices: the devices among which the rows are divided.
         sharded: also shard each parameter along its first evenly divisible axis.
             Otherwise each device stores all parameters.
@@ -1062,13 +1081,25 @@ def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
 
     If the parameters are shapes, so is the state.
     """
-    assert problem.mesh is not None, "spread() comes first"
+    assert problem.mesh is not None, "place() comes first"
 
     def copy(params: Tree) -> Tree:
         return jax.tree.map(jnp.copy, params), optimizer.init(params)
 
     state = jax.eval_shape(copy, params) if is_abstract(params) else copy(params)
     return put_params(state, problem.mesh, problem.sharded)
+
+
+def trained_state(problem: Problem, optimizer: Optimizer, case: Case) -> Tree:
+    """Returns the shapes of the state that a step must write at least.
+
+    This leaves out frozen parameters and their moments, even if the method's state
+    includes them.
+    """
+    trainable = problem.params
+    if case.method != "everything":
+        trainable, _ = mf.partition(problem.where, trainable)
+    return new_state(problem, optimizer, shapes_of(trainable))
 
 
 def shapes_of(tree: Tree) -> Tree:
@@ -1081,12 +1112,8 @@ def is_abstract(tree: Tree) -> bool:
     return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
 
 
-# The number of simulated devices must be set before JAX starts. So 8 simulated devices
-# are compiled for in a process of its own, which runs bench.py --compile-only.
-
-
 def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
-    """One data-parallel step of the last problem, on several devices."""
+    """Times or compiles one data-parallel step of the last problem."""
     problem, devices = problems[-1], usable_devices(options)
     title = describe(problem)
 
@@ -1095,30 +1122,32 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         if case.devices == 1 and not case.simulated:
             used = jax.local_devices()[:1]  # each process has its own
         sharded = case.layout == "sharded"
-        return build_step(spread(problem, used, sharded, case.simulated), case)
+        return build_step(place(problem, used, sharded, case.simulated), case)
 
-    to_simulate: list[Case] = []
+    one_device = baseline_case("devices", problem, options)
+    simulated_cases: list[Case] = []
     for count in device_counts(options, len(devices)):
-        alone = baseline_case("devices", problem, options)
-        case = replace(alone, devices=count, platform=devices[0].platform)
-        # Devices simulated on one CPU share its cores: timing them is meaningless.
-        on_one_cpu = case.platform == "cpu" and count > jax.process_count()
-        if options.compile_only or on_one_cpu:
-            to_simulate += device_cases(replace(case, simulated=True))
-            continue
-        # Only results that are timed together are compared, so one device is timed
-        # again beside each number of devices.
-        cases = device_cases(alone)
-        if count > 1:
-            cases += device_cases(case)
-        yield title, measure(cases, build, options)
-    if to_simulate:
-        compiled_for = options.topology or devices[0].platform
-        title += f"\nas compiled for {compiled_for}, not run"
-        yield title, measure(to_simulate, build, options)
+        case = replace(one_device, devices=count, platform=devices[0].platform)
+        # Several CPU devices in one process share its cores, so timing them is
+        # meaningless.
+        shares_cores = case.platform == "cpu" and count > jax.process_count()
+        if options.compile_only or shares_cores:
+            simulated_cases += device_cases(replace(case, simulated=True))
+        else:
+            # Only results timed together are compared, so the single-device cases are
+            # timed again with each device count.
+            cases = device_cases(one_device)
+            if count > 1:
+                cases += device_cases(case)
+            yield title, measure(cases, build, options)
 
-    if not (options.devices or options.compile_only or jax.process_count() > 1):
-        yield f"{title}\nas compiled for cpu, not run", compile_for_8_devices(options)
+    if simulated_cases:
+        compiled_for = options.topology or devices[0].platform
+        rows = measure(simulated_cases, build, options)
+        yield f"{title}\nas compiled for {compiled_for}, not run", rows
+    elif not options.devices and jax.process_count() == 1:
+        rows = compile_for_8_devices(options)
+        yield f"{title}\nas compiled for cpu, not run", rows
 
 
 def device_counts(options: Namespace, available: int) -> list[int]:
@@ -1142,7 +1171,7 @@ def device_cases(case: Case) -> list[Case]:
     """Returns the cases of everything and partition, in each layout."""
     layouts = ["replicated"]
     # XLA's CPU backend uses all-reduce where its GPU and TPU backends use
-    # reduce-scatter, so figures of simulated sharded steps would mislead.
+    # reduce-scatter, so numbers for simulated sharded steps would be misleading.
     if case.devices > 1 and not (case.simulated and case.platform == "cpu"):
         layouts.append("sharded")
     cases = []
@@ -1183,13 +1212,17 @@ def topology_devices(name: str) -> list[jax.Device]:
             command = 'uv run --with "jax[tpu]" bench.py ...'
             raise ValueError(f"--topology needs the TPU compiler: {command}") from error
         names = "v5e:2x4, v5e:16x16, v6e:16x16 or v5p:4x4x4"
-        message = f"--topology {name}: {error}; use for example {names}"
+        message = f"--topology {name}: {error}; try, for example, {names}"
         raise ValueError(message) from error
     return list(topology.devices)
 
 
 def compile_for_8_devices(options: Namespace) -> list[Row]:
-    """Returns the rows of a new process with 8 simulated CPU devices."""
+    """Returns the rows of a new process with 8 simulated CPU devices.
+
+    The number of simulated devices must be set before JAX starts, which has happened
+    in this process.
+    """
     arguments = []
     for name in ("model", "sizes", "batch", "dtype", "optimizer", "train", "freeze"):
         value = getattr(options, name)
@@ -1200,7 +1233,9 @@ def compile_for_8_devices(options: Namespace) -> list[Row]:
         file = Path(folder, "devices.json")
         command = [sys.executable, __file__, "--compile-only", "--devices", "8"]
         command += ["--json", str(file), *arguments]
-        process = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(
+            command, cwd=options.start_directory, capture_output=True, text=True
+        )
         if process.returncode != 0:
             _, _, last_line = process.stderr.strip().rpartition("\n")
             raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
@@ -1211,7 +1246,7 @@ def compile_for_8_devices(options: Namespace) -> list[Row]:
 # ------------------------------------------------------------------- the other tables
 def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """One step with the first n layers frozen, for each n."""
-    problem = spread(problems[-1], jax.local_devices()[:1])
+    problem = place(problems[-1], jax.local_devices()[:1])
     layers = [f"linear_{i}" for i in range(len(problem.sizes) - 1)]
     baseline = baseline_case("prefix", problem, options)
     cases = [baseline]
@@ -1248,8 +1283,8 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         baseline_case("run", problem, options), method="loop", optimizer="sgd"
     )
     scan_case = replace(loop_case, method="scan")
-    # A scan of one step must equal the step. The scan that is timed takes many steps,
-    # so it cannot be compared.
+    # A scan of one step must equal the step. measure() compares neither with the scan
+    # that it times, which takes many steps.
     check_same_step({loop_case: loop, scan_case: short_scan})
     scan = replace(
         short_scan, args=(frozen, xs, ys), training_steps=RUN_STEPS, group=None
@@ -1257,7 +1292,7 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
     steps = {loop_case: loop, scan_case: scan}
     title = (
-        f"seed: a step of the walk-through. The loop repeats one batch; "
+        "seed: a step of the walk-through. The loop repeats one batch; "
         f"the scan reads {RUN_STEPS:,} different ones."
     )
     yield title, measure([loop_case, scan_case], lambda case: steps[case], options)
@@ -1312,6 +1347,9 @@ def load_model(options: Namespace) -> Problem:
         # Raises here if the loss cannot be differentiated.
         jax.eval_shape(jax.grad(loss), params, *batch)
     rows, tokens = count_rows(batch, options.batch)
+    optimizer = returned[3] if len(returned) == 4 else None
+    if optimizer is not None and options.optimizer != "sgd":
+        raise ValueError(f"{options.model} returns an optimizer; omit --optimizer")
     return Problem(
         name=Path(file).stem,
         where=options.where,
@@ -1320,13 +1358,13 @@ def load_model(options: Namespace) -> Problem:
         batch=batch,
         batch_rows=rows,
         tokens=tokens,
-        optimizer=returned[3] if len(returned) == 4 else None,
+        optimizer=optimizer,
     )
 
 
 @contextmanager
 def errors_of(model: str) -> Iterator[None]:
-    """Re-raises exceptions from your code as ValueError, after their traceback."""
+    """Turns an exception in your code into ValueError, and prints its traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -1354,7 +1392,7 @@ def arrays_of(kind: str, tree: Tree) -> Tree:
 
 
 def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
-    """Finds the rows of a batch: the first axis that all its data leaves share.
+    """Finds the number of rows: the length of the first axis of all data leaves.
 
     Returns:
         The rows, and the tokens per row if all data are token ids (rows, length).
@@ -1366,7 +1404,7 @@ def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
             data.append(leaf)
     lengths = sorted({leaf.shape[0] for leaf in data})
     if given is None and len(lengths) != 1:
-        message = f"the leaves of the batch have first axes {lengths}"
+        message = f"the first axes of the batch's leaves have lengths {lengths}"
         raise ValueError(f"{message}; pass the number of rows with --batch N")
     if given is not None and given not in lengths:
         raise ValueError(f"no leaf of the batch has a first axis of {given}")
@@ -1391,7 +1429,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     """Reads the command line. Exits with status 2 on an invalid option."""
     parser = Parser(
         "bench.py",
-        description=__doc__,
+        description=__doc__.partition("The benchmark comes first")[0],
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1405,15 +1443,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     train_help, freeze_help = "train these leaves", "freeze these leaves"
     selection.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
     selection.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: sgd")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="(default: sgd)")
     dtype_help = "dtype of the built-in MLPs (default: float32)"
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, default="float32", help=dtype_help)
     model_help = "NAME() returns (loss_fn, params, batch); the loss is a mean over rows"
     add("--model", metavar="FILE.py:NAME", help=model_help)
-    rounds_help = "samples per row; default 7"
-    add("--rounds", type=natural, default=7, metavar="N", help=rounds_help)
-    batches_help = "batches per epoch, whose features hoist stores"
+    rounds_help = f"samples per row (default: {ROUNDS})"
+    add("--rounds", type=natural, default=ROUNDS, metavar="N", help=rounds_help)
+    batches_help = "batches per epoch; hoist stores the features of each (default: 1)"
     add("--batches", type=natural, default=1, metavar="N", help=batches_help)
     add("--devices", nargs="+", type=natural, metavar="N", help="device counts to test")
     compile_help = "compile for simulated devices without timing"
@@ -1434,7 +1472,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if options.coordinator or options.processes or options.process is not None:
         options.cluster = True
     options.tables = chosen_tables(options)
-    for name in ("json", "plot"):  # a model may change the working directory
+    # A model may change the working directory.
+    options.start_directory = os.getcwd()
+    for name in ("json", "plot"):
         file = getattr(options, name)
         if file is not None:
             setattr(options, name, file.resolve())
@@ -1519,7 +1559,7 @@ def check_options(options: Namespace, error: Callable[[str], Any]) -> None:
 def options_without_effect(options: Namespace) -> Iterator[str]:
     if options.model and (options.sizes or options.dtype != "float32"):
         yield "--sizes and --dtype have no effect with --model."
-    if options.compile_only and options.rounds != 7:
+    if options.compile_only and options.rounds != ROUNDS:
         yield "--rounds has no effect with --compile-only."
     if options.devices and "devices" not in options.tables:
         yield "--devices has no effect without the devices table."
@@ -1552,9 +1592,9 @@ def set_up(options: Namespace) -> list[Problem]:
         check_files(options)
         problems = load_problems(options)
     except Exception as error:
-        failure = str(error).partition("\n")[0] or type(error).__name__
         if jax.process_count() == 1:
-            raise ValueError(failure) from error
+            raise
+        failure = str(error).partition("\n")[0] or type(error).__name__
     check_cluster(failure, options)
     # Keep XLA's start-up cost out of the first row.
     jax.jit(jnp.sin).lower(1.0).compile()
@@ -1566,9 +1606,9 @@ def check_devices(options: Namespace) -> None:
     for count in options.devices or []:
         if count > available or count % processes:
             raise ValueError(
-                f"--devices {count}: there are {available} devices; the count must be "
-                f"at most that and divisible by {processes}, the number of processes "
-                "(--compile-only simulates more)"
+                f"--devices {count}: {available} devices are available; the count must "
+                f"not exceed that and must be a multiple of {processes}, the number of "
+                "processes (--compile-only simulates more)"
             )
 
 
@@ -1617,7 +1657,8 @@ def join_cluster(options: Namespace) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if options.process == 0 and options.coordinator:
         _, _, port = options.coordinator.rpartition(":")
-        try:  # JAX aborts if the port is taken
+        # Check first: JAX aborts the process if the port is taken.
+        try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ValueError(f"--coordinator {options.coordinator}: {error}") from error
@@ -1627,7 +1668,8 @@ def join_cluster(options: Namespace) -> None:
         options.process,
         initialization_timeout=60,
     )
-    # JAX has installed a SIGTERM handler of its own. Install Python's again.
+    # JAX has replaced the SIGTERM handler in C. Python still remembers ours, and
+    # installs it when it is set again.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1641,7 +1683,7 @@ def check_cluster(failure: str, options: Namespace) -> None:
     it never fails on process 0.
     """
     shared = dict(vars(options))
-    for name in ("json", "plot", "process"):
+    for name in ("json", "plot", "process", "start_directory"):
         del shared[name]
     checksum = zlib.crc32(f"{failure}{shared}".encode())
     checksums = multihost_utils.process_allgather(np.uint32(checksum)).reshape(-1)
@@ -1672,10 +1714,10 @@ class Report:
         self.signal: int | None = None  # the last one
         self.signal_time = -math.inf
 
-    def begin(self, problem: Problem) -> None:
+    def begin(self, dtype: str) -> None:
         """Describes the machine, and prints what applies to all tables."""
         self.measuring = True
-        self.machine = describe_machine(self.options, problem)
+        self.machine = describe_machine(self.options, dtype)
         print_now(machine_text(self.machine))
         print_now(legend(self.options))
         self.stop_if_interrupted()
@@ -1689,10 +1731,10 @@ class Report:
         self.stop_if_interrupted()
 
     def interrupt(self, number: int, frame: object) -> None:
-        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt while the run lasts.
+        """Handles Ctrl-C and SIGTERM: raises KeyboardInterrupt during the run.
 
-        Another signal within a second, as some shells and supervisors send it, must not
-        interrupt the handling of the first.
+        Some shells and supervisors send a signal twice. A repeat within a second must
+        not interrupt the handling of the first.
         """
         is_repeated = time.monotonic() < self.signal_time + 1
         self.signal, self.signal_time = number, time.monotonic()
@@ -1700,15 +1742,16 @@ class Report:
             raise KeyboardInterrupt
 
     def stop_if_interrupted(self) -> None:
-        """Ends the run after a signal, from which time_rounds returned normally."""
+        """Ends the run if time_rounds absorbed a signal."""
         if self.signal is not None:
             raise KeyboardInterrupt
 
     def fail(self, error: Exception) -> None:
         """Records an error: exit code 2 before the measurements began, else 1."""
-        self.ended = f"error: {error}"
+        self.ended = f"error: {str(error) or type(error).__name__}"
         self.code = 1 if self.measuring else 2
-        if self.measuring and not isinstance(error, (OSError, FloatingPointError)):
+        expected = (OSError, FloatingPointError if self.measuring else ValueError)
+        if not isinstance(error, expected):
             traceback.print_exception(error)
 
 
@@ -1781,10 +1824,9 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 # ------------------------------------------------------------------------ the machine
-def describe_machine(options: Namespace, problem: Problem) -> dict[str, Any]:
+def describe_machine(options: Namespace, dtype: str) -> dict[str, Any]:
     """Describes the machine and the software, and measures the machine's peak rates."""
     devices = usable_devices(options)
-    dtype = dtype_of(problem.params)
     peak_flops, peak_bytes_per_s = None, None
     if not options.compile_only:
         peak_flops, peak_bytes_per_s = measure_peaks(dtype)
@@ -1869,7 +1911,7 @@ NOT_TIMED: Row = {
     "efficiency": None,  # throughput per device, relative to a single device
     "limit_share": None,
     "once_s": None,  # to compute hoist's features of one batch
-    "break_even": None,  # epochs until these have paid for themselves
+    "break_even": None,  # epochs until the features pay off
 }
 
 
@@ -1884,36 +1926,36 @@ def row_of(result: Result, by_case: Mapping[Case, Result]) -> Row:
     case, timing = result.case, result.timing
     row = {
         **asdict(case),
-        **asdict(result.program),
+        **asdict(result.stats),
         **NOT_TIMED,
         "label": label(case),
         "peak_memory_bytes": result.peak_memory_bytes,
         "remark": result.remark,
     }
-    # The problem, the method and the update identify a row of a table.
+    # In the JSON file, a row is found by its problem, method, optimizer and clipping.
     if case.table == "prefix":
         row["problem"] = f"{case.problem}, {case.frozen_layers} frozen"
     if not case.donate:
         row["method"] = f"{case.method}, not donated"
-    partitioned = by_case.get(replace(case, method="partition"))
-    if case.method == "hoist" and saves_no_work(result, partitioned):
-        row["remark"] = NOTHING_TO_HOIST
     if timing is None:
         return row
 
     row["step_s"], row["spread_s"] = timing.median, timing.spread
     row["samples"] = timing.samples
-    row["rows_per_s"] = case.devices * case.items / timing.median
-    baseline = replace(case, method="everything", donate=True, frozen_layers=0)
-    all_trained = by_case.get(baseline)
-    if all_trained is not None and all_trained.timing is not None:
-        row["speedup"] = all_trained.timing.median / timing.median
-        row["differs"] = not timing.overlaps(all_trained.timing)
-    alone = by_case.get(replace(case, devices=1, layout="replicated"))
-    if case.devices > 1 and alone is not None and alone.timing is not None:
-        row["efficiency"] = alone.timing.median / timing.median
+    row["rows_per_s"] = case.devices * case.batch_size / timing.median
+    everything_case = replace(case, method="everything", donate=True, frozen_layers=0)
+    baseline = by_case.get(everything_case)
+    if baseline is not None and baseline.timing is not None:
+        row["speedup"] = baseline.timing.median / timing.median
+        row["differs"] = timing.differs(baseline.timing)
+    one_device = by_case.get(replace(case, devices=1, layout="replicated"))
+    if case.devices > 1 and one_device is not None and one_device.timing is not None:
+        row["efficiency"] = one_device.timing.median / timing.median
     if result.features_timing is not None:
         row["once_s"] = result.features_timing.median
+        partitioned = by_case.get(replace(case, method="partition"))
+        if saves_no_work(result, partitioned):
+            row["remark"] = NOTHING_TO_HOIST
         if row["remark"] != NOTHING_TO_HOIST:
             row["break_even"] = break_even(result.features_timing, timing, partitioned)
     return row
@@ -1923,7 +1965,7 @@ def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
     """Returns whether hoist's step has as many FLOPs as partition's."""
     if partitioned is None:
         return False
-    mine, theirs = hoisted.program, partitioned.program
+    mine, theirs = hoisted.stats, partitioned.stats
     if mine.flops_min is None or theirs.flops_min is None:
         return False
     if mine.flops_min < theirs.flops_min:
@@ -1936,11 +1978,11 @@ def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
 def break_even(
     once: Timing, hoisted: Timing, partitioned: Result | None
 ) -> float | None:
-    """Returns after how many epochs hoist has paid off; None if it is not faster."""
+    """Returns the number of epochs until hoist pays off; None if it is not faster."""
     if partitioned is None or partitioned.timing is None:
         return None
     saved = partitioned.timing.median - hoisted.median
-    if saved <= 0 or hoisted.overlaps(partitioned.timing):
+    if saved <= 0 or not hoisted.differs(partitioned.timing):
         return None
     return once.median / saved
 
@@ -1990,7 +2032,7 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns.append(number_column("sent {prefix}B", rows, "sent_bytes"))
         columns.append(percent_column("efficiency %", rows, "efficiency"))
     if not (on_devices and timed):  # they would not all fit on a line
-        unit = rows[0]["unit"]
+        unit = rows[0]["batch_unit"]
         columns.append(percent_column("limit %", rows, "limit_share"))
         columns.append(number_column("{prefix}FLOP", rows, "flops"))
         columns.append(number_column(f"{{prefix}} {unit}/s", rows, "rows_per_s"))
@@ -2008,10 +2050,7 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
 
 
 def time_column(rows: Sequence[Row]) -> Column:
-    """Formats medians with three digits: 24.3 ± 0.3.
-
-    The spread has the same number of decimals.
-    """
+    """Formats medians with three digits, and spreads with as many decimals."""
     scale, prefix = si_prefix([row["step_s"] for row in rows])
     cells = []
     for row in rows:
@@ -2019,14 +2058,14 @@ def time_column(rows: Sequence[Row]) -> Column:
             cells.append("")
             continue
         median = three_digits(row["step_s"] / scale)
-        _, _, decimals = median.partition(".")
+        decimals = len(median.partition(".")[2])
         spread = row["spread_s"] / scale
-        cells.append(f"{median} ± {spread:.{len(decimals)}f}")
+        cells.append(f"{median} ± {spread:.{decimals}f}")  # such as 24.3 ± 0.3
     return Column(f"{prefix}s per step", cells)
 
 
 def number_column(title: str, rows: Sequence[Row], key: str) -> Column:
-    """Formats a column of numbers. The SI prefix of their unit is put in the title."""
+    """Formats a column of numbers, with the SI prefix of their unit in its title."""
     scale, prefix = si_prefix([row[key] for row in rows])
     cells = []
     for row in rows:
@@ -2044,7 +2083,7 @@ def percent_column(title: str, rows: Sequence[Row], key: str) -> Column:
 def speedup_text(row: Row) -> str:
     if row["speedup"] is None:
         return ""
-    if row["method"] != "everything" and not row["differs"]:
+    if row["method"] != "everything" and row["differs"] is False:
         return NO_DIFFERENCE
     if row["speedup"] < 1:
         return f"{times(1 / row['speedup'])} slower"
@@ -2052,7 +2091,7 @@ def speedup_text(row: Row) -> str:
 
 
 def times(ratio: float) -> str:
-    return f"{ratio:.1f}x" if 0.95 <= ratio < 9.95 else f"{three_digits(ratio)}x"
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{three_digits(ratio)}x"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -2100,12 +2139,13 @@ def hoist_notes(row: Row) -> list[str]:
     """Describes the cost of hoist's features."""
     if row["once_s"] is None or row["remark"] == NOTHING_TO_HOIST:
         return []
-    one, three, ten = (
-        quantity(row["step_s"] + row["once_s"] / epochs, "s") for epochs in (1, 3, 10)
-    )
+
+    def cost(epochs: int) -> str:
+        return quantity(row["step_s"] + row["once_s"] / epochs, "s")
+
     notes = [
-        f"including the features: {one} per step over 1 epoch, "
-        f"{three} over 3, {ten} over 10"
+        f"including the features: {cost(1)} per step over 1 epoch, {cost(3)} over 3, "
+        f"{cost(10)} over 10"
     ]
     if row["break_even"] is not None:
         notes.append(f"pays off after {row['break_even']:.1f} epochs")
@@ -2119,7 +2159,7 @@ def hoist_notes(row: Row) -> list[str]:
 
 
 def describe(problem: Problem) -> str:
-    """Returns a table's title; for your own model with a list of its parameters."""
+    """Returns a table's title, with a list of the parameters of your own model."""
     patterns = problem.where
     if not isinstance(patterns, str):
         patterns = " ".join(patterns)
@@ -2157,22 +2197,23 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 
 
 def legend(options: Namespace) -> str:
-    """Explains the columns, once."""
+    """Explains the columns of all tables."""
     lines = []
     if not options.compile_only:
         lines.append(
             "Before timing, the update of each method is checked against that of the "
             "first one. The check always uses SGD. Times are median ± median absolute "
             "deviation. Speed-ups are relative to the everything row; "
-            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is a lower '
-            "bound on the step time, divided by the measured time. The bound is the "
-            "time for the matrix products or for reading the arguments and writing "
-            "the trainables, at measured peak rates. Data that stays in a cache can "
-            "beat it."
+            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is an estimate '
+            "of the shortest possible step time, divided by the measured time: the "
+            "time for the matrix products, or for reading all arguments and writing "
+            "the trainable parameters and their optimizer state, at measured peak "
+            "rates. A step can beat it if data stays in a cache, or if it reads only "
+            "part of an argument, such as an embedding table."
         )
     lines.append(
-        "Memory is per device: parameters, optimizer state, batch, results, temporary "
-        "arrays, and hoist's features for one epoch."
+        "Memory is per device, according to the compiler: parameters, optimizer state, "
+        "batch, results, temporary arrays, and hoist's features for one epoch."
     )
     if "devices" in options.tables:
         lines.append(
@@ -2211,6 +2252,8 @@ def find_row(rows: Sequence[Row], **wanted: Any) -> Row | None:
 
 def conclude_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
+    if 0 < max(len(row["samples"]) for row in rows) < 3:
+        return f"{problem}: too few samples to compare methods; use --rounds 3 or more."
     partition_row = find_row(rows, method="partition", optimizer=optimizer, clip=False)
     sentences = [f"{problem}: {conclude_partition(partition_row)}"]
 
@@ -2251,7 +2294,7 @@ def conclude_hoist(row: Row, partition_row: Row | None) -> str:
             "hoist could not be compared with partition because one of them was not "
             "timed."
         )
-    if Timing(row["samples"]).overlaps(Timing(partition_row["samples"])):
+    if not Timing(row["samples"]).differs(Timing(partition_row["samples"])):
         return (
             "Even if batches repeat, hoist was not measurably faster or slower than "
             "partition."
@@ -2261,15 +2304,11 @@ def conclude_hoist(row: Row, partition_row: Row | None) -> str:
         slowdown = times(1 / ratio)
         return f"Do not use hoist: its step is {slowdown} slower than partition's."
     # If it takes 1.2 epochs to break even, hoist gains from the second epoch on.
-    unprofitable = math.floor(row["break_even"])
-    when = f"after {unprofitable} epochs"
-    if unprofitable < 3:
-        ordinal = ("first", "second", "third")[unprofitable]
-        when = f"from the {ordinal} epoch on"
+    first_gain = math.floor(row["break_even"]) + 1
     return (
         f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
-        f"partition; computing the features up front pays off {when}, and storing "
-        f"them takes {quantity(row['kept_bytes'], 'B')} per batch."
+        f"partition; computing the features up front pays off from epoch {first_gain} "
+        f"on, and storing them takes {quantity(row['kept_bytes'], 'B')} per batch."
     )
 
 
@@ -2299,18 +2338,20 @@ def conclude_devices(rows: Sequence[Row]) -> str:
 def draw(
     machine: Mapping[str, Any], tables: Mapping[str, tuple[str, Sequence[Row]]]
 ) -> Any:
-    """Draws the time per step by frozen layers and by method, with its spread."""
+    """Plots the time per step by frozen layers and by method, with error bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7 * len(tables), 4.8), layout="constrained", dpi=150)
-    name = machine["cpu"] if machine["platform"] == "cpu" else machine["device_kind"]
+    is_cpu = machine["platform"] == "cpu"
+    hardware = machine["cpu"] if is_cpu else machine["device_kind"]
     figure.suptitle(
-        f"{name}, {machine['dtype']}, jax {machine['jax']}, {machine['date']}"
+        f"{hardware}, {machine['dtype']}, jax {machine['jax']}, {machine['date']}"
     )
     all_axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axes, (name, (title, rows)) in zip(all_axes, tables.items()):
+    for axes, table in zip(all_axes, tables):
+        title, rows = tables[table]
         axes.set_title(title, fontsize="medium")
-        if name == "prefix":
+        if table == "prefix":
             draw_prefix(axes, rows)
         else:
             draw_methods(axes, rows)

@@ -34,7 +34,7 @@ SURVIVORS = CI / "survivors.md"
 BENCH_FIGURES = [
     "median",
     "spread",
-    "overlaps",
+    "differs",
     "product_flops",
     "collective_bytes",
     "saves_no_work",

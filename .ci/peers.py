@@ -361,7 +361,7 @@ def peers_table(options: Namespace, problems: Sequence[bench.Problem]) -> bench.
     for problem in problems:
         if not problem.sizes:
             raise ValueError("--peers compares MLPs only; omit --model or --peers")
-        problem = bench.spread(problem, jax.local_devices()[:1])
+        problem = bench.place(problem, jax.local_devices()[:1])
         plain = bench.baseline_case("peers", problem, options)
         plain = replace(plain, optimizer="sgd")
         cases = []

@@ -81,15 +81,15 @@ def rows_in(file: Path, **wanted: Any) -> list[bench.Row]:
 
 
 def case(method: str = "everything", **changes: Any) -> bench.Case:
-    return bench.Case("methods", "deep", method, items=8, **changes)
+    return bench.Case("methods", "deep", method, batch_size=8, **changes)
 
 
 def result(
-    method: str, *samples: float, once: float | None = None, **program: Any
+    method: str, *samples: float, once: float | None = None, **stats: Any
 ) -> bench.Result:
     return bench.Result(
         case(method),
-        bench.Program(**program),
+        bench.CompilerStats(**stats),
         timing=bench.Timing(samples) if samples else None,
         features_timing=None if once is None else bench.Timing((once,)),
     )
@@ -132,13 +132,15 @@ def test_median_and_spread_of_a_timing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "overlaps"), [(4.0, True), (5.5, True), (6.0, False)]
+    ("other", "differs"), [(4.0, False), (5.5, False), (6.0, True)]
 )
-def test_timings_overlap_if_their_intervals_do(other: float, overlaps: bool) -> None:
+def test_timings_differ_if_their_intervals_do_not_meet(
+    other: float, differs: bool
+) -> None:
     timing = bench.Timing((2.0, 3.0, 4.0))  # 3 ± 1
-    around = bench.Timing((other - 1.5, other, other + 1.5))
-    assert timing.overlaps(around) == (abs(other - 3) <= 2.5)
-    assert timing.overlaps(around) == overlaps
+    around = bench.Timing((other - 1.5, other, other + 1.5))  # other ± 1.5
+    assert timing.differs(around) is differs
+    assert around.differs(timing) is differs
 
 
 def test_calibration_ends_at_the_first_number_of_calls_that_lasts_long_enough(
@@ -251,11 +253,11 @@ def test_products_of_a_step(
 ) -> None:
     sizes, batch = (3, 5, 7, 2), 11
     problem = bench.mlp("mlp", sizes, batch, where)
-    problem = bench.spread(problem, jax.devices()[:1])
+    problem = bench.place(problem, jax.devices()[:1])
     step = bench.build_step(problem, case(method))
-    program = bench.compile_step(step)
+    stats = bench.compile_step(step)
     wanted = products_by_hand(sizes, batch, forward, weights, inputs)
-    assert program.flops_min == wanted
+    assert stats.flops_min == wanted
 
 
 def products(fn: Callable[..., Any], *args: Any) -> int:
@@ -374,8 +376,8 @@ def test_flops_of_xla_count_only_if_they_are_those_of_the_products_at_least(
     counted: float | None, trusted: int | None
 ) -> None:
     step = bench.Step(FakeJitted(counted), init=lambda: jnp.ones((4, 5)), args=(1.0,))
-    program = bench.compile_step(step)
-    assert (program.flops, program.flops_min) == (trusted, 40)
+    stats = bench.compile_step(step)
+    assert (stats.flops, stats.flops_min) == (trusted, 40)
 
 
 def test_memory_has_all_that_is_resident() -> None:
@@ -383,13 +385,13 @@ def test_memory_has_all_that_is_resident() -> None:
     step = bench.Step(
         fn, init=lambda: jnp.ones((4, 5)), args=(unused,), written_bytes=7
     )
-    program = bench.compile_step(step)
+    stats = bench.compile_step(step)
     # Arguments, those that the step does not read, new results, temporaries.
-    assert program.memory_bytes == 100 + 12 + (57 - 23) + 6
-    assert (program.unused_bytes, program.temp_bytes) == (12, 6)
-    assert program.bytes_min == 100 + 7
+    assert stats.memory_bytes == 100 + 12 + (57 - 23) + 6
+    assert (stats.unused_bytes, stats.temp_bytes) == (12, 6)
+    assert stats.bytes_min == 100 + 7
 
-    step = replace(step, features=replace(step, init=lambda: unused))
+    step = replace(step, features_step=replace(step, init=lambda: unused))
     one, three = bench.compile_step(step), bench.compile_step(step, batches=3)
     assert one.kept_bytes == 12
     assert one.memory_bytes is not None
@@ -406,12 +408,12 @@ def test_a_scan_has_no_limit_because_its_parameters_are_read_in_every_step() -> 
 
 def test_memory_of_hoist_includes_the_weights_that_its_step_does_not_read() -> None:
     problem = bench.mlp("mlp", (8, 16, 4), 2, ["linear_1"])
-    problem = bench.spread(problem, jax.devices()[:1])
-    program = bench.compile_step(bench.build_step(problem, case("hoist")))
-    assert program.unused_bytes is not None
-    assert program.unused_bytes >= 4 * 8 * 16  # of linear_0/w
-    assert program.memory_bytes is not None
-    assert program.memory_bytes >= 4 * (8 * 16 + 16 + 16 * 4 + 4)
+    problem = bench.place(problem, jax.devices()[:1])
+    stats = bench.compile_step(bench.build_step(problem, case("hoist")))
+    assert stats.unused_bytes is not None
+    assert stats.unused_bytes >= 4 * 8 * 16  # of linear_0/w
+    assert stats.memory_bytes is not None
+    assert stats.memory_bytes >= 4 * (8 * 16 + 16 + 16 * 4 + 4)
 
 
 # ---------------------------------------------------------- results beside each other
@@ -432,10 +434,16 @@ def test_a_slower_method_is_called_slower() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_one_or_two_samples_show_no_difference(samples: int) -> None:
+def test_one_or_two_samples_give_a_ratio_and_no_verdict(samples: int) -> None:
     everything = result("everything", *[2.0] * samples)
-    row = row_of("partition", everything, result("partition", *[8.0] * samples))
-    assert (row["speedup"], row["differs"]) == (0.25, False)
+    part = result("partition", *[8.0] * samples, flops_min=10)
+    hoist = result("hoist", *[1.0] * samples, once=1.0, kept_bytes=5, flops_min=1)
+    rows = bench.rows_of([everything, part, hoist])
+    assert (rows[1]["speedup"], rows[1]["differs"]) == (0.25, None)
+    assert bench.speedup_text(rows[1]) == "4.0x slower"
+    assert bench.conclusion([rows]) == (
+        "deep: too few samples to compare methods; use --rounds 3 or more."
+    )
 
 
 def test_overlapping_intervals_are_no_difference() -> None:
@@ -493,9 +501,7 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
         return real(*args)
 
     monkeypatch.setattr(mf, "hoist", warned)
-    problem = bench.spread(
-        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
-    )
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
     with pytest.warns(RuntimeWarning, match="hoist the sails") as shown:
         remark = bench.hoist(problem).remark
     assert len(shown) == 1
@@ -503,10 +509,8 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
 
 
 def test_each_computation_of_features_waits_for_the_one_before() -> None:
-    problem = bench.spread(
-        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
-    )
-    step = bench.hoist(problem).features
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
+    step = bench.hoist(problem).features_step
     assert step is not None
     arguments = (step.init(), *step.args)
     fn: Any = step.fn
@@ -555,7 +559,7 @@ def test_limit_is_given_for_all_rows_of_a_table_or_for_none() -> None:
 def test_efficiency_is_the_pace_of_one_device_that_each_keeps() -> None:
     def on(devices: int, seconds: float, layout: str = "replicated") -> bench.Result:
         there = case(devices=devices, layout=layout)
-        return bench.Result(there, bench.Program(), bench.Timing((seconds,)))
+        return bench.Result(there, bench.CompilerStats(), bench.Timing((seconds,)))
 
     rows = bench.rows_of([on(1, 3.0), on(4, 4.0), on(4, 6.0, "sharded")])
     assert [row["efficiency"] for row in rows] == [None, 3 / 4, 3 / 6]
@@ -611,15 +615,15 @@ def test_answer_names_the_gain_and_what_it_costs() -> None:
         result("everything", 27.0, 27.0, 27.0),
         result("partition", 10.0, 10.0, 10.0, flops_min=10, flops=10),
         result("hoist", 0.3, 0.3, 0.3, once=12.0, kept_bytes=500_000, flops_min=1),
-        bench.Result(adam, bench.Program(memory_bytes=213_000_000)),
-        bench.Result(adam_part, bench.Program(memory_bytes=60_000_000)),
+        bench.Result(adam, bench.CompilerStats(memory_bytes=213_000_000)),
+        bench.Result(adam_part, bench.CompilerStats(memory_bytes=60_000_000)),
     ]
     text = bench.conclusion([bench.rows_of(results)]).replace("\n", " ")
     assert text == (
         "deep: use partition, which is 2.7x faster than training everything. With "
         "Adam, partition needs 153 MB less memory. If batches repeat, each step of "
         "hoist is 33.3x faster than one of partition; computing the features up front "
-        "pays off from the second epoch on, and storing them takes 500 kB per batch."
+        "pays off from epoch 2 on, and storing them takes 500 kB per batch."
     )
 
 
@@ -655,7 +659,7 @@ def test_answer_prefers_devices_that_are_not_simulated() -> None:
         for method, sent in (("everything", 9_000), ("partition", 3_000)):
             there = case(method, devices=devices, layout="replicated")
             there = replace(there, table="devices", simulated=simulated)
-            results.append(bench.Result(there, bench.Program(sent_bytes=sent)))
+            results.append(bench.Result(there, bench.CompilerStats(sent_bytes=sent)))
         return bench.rows_of(results)
 
     real, simulated = on(4, simulated=False), on(8, simulated=True)
@@ -696,6 +700,7 @@ def moving(
          "'frozen' is frozen, but it changed"),
         (moving({"w": [1, 1, np.nan]}), "'w' is not finite after the step"),
         (moving({"w": [1, 1, 1]}, loss=np.nan), "the loss is nan"),
+        (moving({}), "it updates none of the parameters"),
     ],
 )  # fmt: skip
 def test_methods_must_take_the_same_step(step: bench.Step, words: str | None) -> None:
@@ -717,7 +722,9 @@ def test_a_frozen_parameter_must_not_change_by_one_bit() -> None:
 
     def step(after: jax.Array) -> bench.Step:
         return bench.Step(
-            lambda state: ({"f": after}, 0.0), init=lambda: {"f": frozen}, group="sgd"
+            lambda state: ({"f": after, "w": jnp.ones(3)}, 0.0),
+            init=lambda: {"f": frozen, "w": jnp.zeros(3)},
+            group="sgd",
         )
 
     trains = moving({"w": [1, 1, 1]})  # without "f"
@@ -753,9 +760,7 @@ def test_a_sum_as_the_loss_is_named_on_several_devices() -> None:
 
 
 def test_a_method_that_trains_too_much_is_found() -> None:
-    problem = bench.spread(
-        bench.mlp("mlp", (2, 3, 2), 4, "linear_1"), jax.devices()[:1]
-    )
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 4, "linear_1"), jax.devices()[:1])
     other = replace(problem, where="linear_0")
     steps = {
         case("partition"): bench.build_step(problem, case("partition")),
@@ -788,9 +793,7 @@ def test_clipping_scales_all_gradients_by_one_factor() -> None:
 
 
 def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
-    problem = bench.spread(
-        bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1]
-    )
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
 
     def build(case: bench.Case) -> bench.Step:
         step = bench.build_step(problem, case)
@@ -802,7 +805,7 @@ def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
 
     cases = [case(method) for method in ("everything", "partition", "hoist")]
     rows = bench.measure(cases, build, options_of("--rounds", "1"))
-    remark = "out of memory; the other methods of this table were also loaded"
+    remark = "out of memory (the table's other methods were in memory, too)"
     said = [(row["remark"], row["step_s"] is not None) for row in rows]
     assert said == [(remark, False), (None, True), (remark, False)]
 
@@ -812,11 +815,26 @@ def test_a_program_that_the_compiler_refuses_is_out_of_memory_alone() -> None:
     assert bench.expected_failure(error, case(simulated=True)) == "out of memory"
 
 
-def test_other_errors_are_not_hidden(short: None) -> None:
-    def build(case: bench.Case) -> bench.Step:
-        raise ValueError("a fault")
+def test_features_that_do_not_fit_in_memory_are_a_remark_too(short: None) -> None:
+    problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
 
-    with pytest.raises(ValueError, match="a fault"):
+    def build(case: bench.Case) -> bench.Step:
+        step = bench.build_step(problem, case)
+        assert step.features_step is not None
+        too_large = replace(step.features_step, fn=lambda *args: np.empty(2**50))
+        return replace(step, features_step=too_large)
+
+    [row] = bench.measure([case("hoist")], build, options_of("--rounds", "1"))
+    assert row["remark"].startswith("out of memory")
+    assert row["step_s"] is None
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), ImportError("a fault")])
+def test_other_errors_are_not_hidden(error: Exception, short: None) -> None:
+    def build(case: bench.Case) -> bench.Step:
+        raise error
+
+    with pytest.raises(type(error), match="a fault"):
         bench.measure([case()], build, options_of("--rounds", "1"))
 
 
@@ -903,7 +921,7 @@ def test_run_times_all_rows_that_are_not_simulated(whole_run: Any) -> None:
     for row in rows_in(whole_run[0], simulated=False):
         assert row["step_s"] > 0
         assert len(row["samples"]) == 1
-        assert row["rows_per_s"] == row["devices"] * row["items"] / row["step_s"]
+        assert row["rows_per_s"] == row["devices"] * row["batch_size"] / row["step_s"]
     for row in rows_in(whole_run[0], simulated=True):
         assert row["step_s"] is None
         assert row["samples"] == []
@@ -934,6 +952,17 @@ def test_data_parallel_steps_send_what_trains_and_the_loss(whole_run: Any) -> No
 
 
 @pytest.mark.slow
+def test_a_relative_model_is_found_by_the_simulation(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models.parent)
+    options = options_of("--model", "mine.py:good", "--train", "head")
+    monkeypatch.chdir(TOP)  # as the model's function may do
+    rows = bench.compile_for_8_devices(options)
+    assert [row["method"] for row in rows] == ["everything", "partition"]
+
+
+@pytest.mark.slow
 def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
     rows = rows_in(whole_run[0], simulated=True)
     assert {row["layout"] for row in rows} == {"replicated"}
@@ -943,7 +972,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("--devices 4096", "--devices 4096: there are"),
+        ("--devices 4096", "the count must not exceed that"),
         ("--devices 7 3 7", "--devices contains a duplicate: [7, 3, 7]"),
         ("--train nope --sizes 2 2", "mlp: pattern 'nope'"),
         ("--sizes 8", "--sizes needs at least two widths"),
@@ -964,6 +993,10 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--model {}/mine.py:good --train head --batch 5", "no leaf of the batch"),
         ("--model {}/mine.py:nothing --train w", "mine.py has no nothing()"),
         ("--model {}/mine.py:pair --train w", "(loss_fn, params, batch)"),
+        (
+            "--model {}/mine.py:with_optax --train head --optimizer adam",
+            "mine.py:with_optax returns an optimizer; omit --optimizer",
+        ),
         ("--model {}/mine.py:counts --train w", "parameter 'steps' is int32"),
         ("--model {}/mine.py:function --train w", "parameter 'act' is a"),
         ("--model {}/mine.py:leaves --train w", "called sys.exit(no config)"),
@@ -986,6 +1019,19 @@ def test_refusals_are_one_line_and_write_nothing(
     assert ended.error.count("\n") == 1
     assert words in ended.error
     assert [file for file in models.parent.iterdir() if file.is_file()] == [models]
+
+
+def test_a_bug_before_the_first_table_has_its_traceback(
+    short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_files(options: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(bench, "check_files", check_files)
+    ended = Ended(capsys, *SMALL)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.error.startswith("Traceback (most recent call last):")
+    assert ended.error.endswith("bench.py: error: 'a bug'\n")
 
 
 def test_disabled_jit_is_refused(short: None, capsys: Any) -> None:
@@ -1099,7 +1145,7 @@ def test_rows_of_token_ids_are_counted_in_tokens(models: Path) -> None:
     problem = load(models, "tokens")
     assert (problem.batch_rows, problem.tokens) == (4, 7)
     case = bench.baseline_case("methods", problem, options_of())
-    assert (case.items, case.unit) == (28, "tokens")
+    assert (case.batch_size, case.batch_unit) == (28, "tokens")
     assert load(models, "good").tokens is None
 
 
@@ -1474,11 +1520,11 @@ def test_a_topology_is_compiled_replicated_and_sharded(
     monkeypatch.setattr(bench, "topology_devices", lambda name: chips)
     placed = []
 
-    def spread(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
+    def place(problem: Any, devices: Any, sharded: bool, abstract: bool) -> Any:
         placed.append((devices, sharded, abstract))
         raise MemoryError
 
-    monkeypatch.setattr(bench, "spread", spread)
+    monkeypatch.setattr(bench, "place", place)
     options = options_of("--compile-only", "--topology", "v5e:2x2")
     ((title, rows),) = bench.devices_table(options, [problem])
     assert placed == [(chips, False, True)] * 2 + [(chips, True, True)] * 2
@@ -1490,7 +1536,7 @@ def test_a_topology_is_compiled_replicated_and_sharded(
         ["sharded", "partition", "tpu"],
     ]
     for row in rows:
-        assert (row["devices"], row["items"], row["simulated"]) == (4, 4, True)
+        assert (row["devices"], row["batch_size"], row["simulated"]) == (4, 4, True)
     assert title.endswith("as compiled for v5e:2x2, not run")
 
 
