@@ -564,7 +564,7 @@ def mlp(
 ) -> Problem:
     """Returns a random MLP with one batch of random data, or the shapes of both."""
 
-    def draw() -> tuple[Tree, tuple[Tree, ...]]:
+    def create() -> tuple[Tree, tuple[Tree, ...]]:
         params_key, x_key, y_key = jax.random.split(jax.random.key(0), 3)
         params = mf.init(params_key, sizes, dtype)
         x = jax.random.normal(x_key, (rows, sizes[0]), dtype)  # (rows, in)
@@ -575,7 +575,7 @@ def mlp(
         trainable, frozen = mf.partition("*", params)  # loss_fn expects two trees
         return mf.loss_fn(trainable, frozen, x, y)
 
-    params, batch = jax.eval_shape(draw) if abstract else jax.jit(draw)()
+    params, batch = jax.eval_shape(create) if abstract else jax.jit(create)()
     return Problem(name, where, loss, params, batch, rows, sizes=sizes)
 
 
