@@ -76,6 +76,7 @@ Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
 Key = TypeVar("Key", bound=Hashable)
 
 ROUNDS = 7  # samples per case, by default
+MIN_ROUNDS = 6  # to tell whether two cases differ
 SAMPLE_S = 0.05  # shortest sample; most last up to twice this
 MAX_CALLS = 10_000  # per sample
 
@@ -132,8 +133,8 @@ class Step:
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
     training_steps: int = 1  # per call of fn
-    # Computes hoist's features of the batch. Its state is the previous features, and
-    # its loss is ().
+    # Computes hoist's features of the batch. Its state is the previous call's features,
+    # so that successive calls run one after another. Its loss is ().
     features_step: Step | None = None
     # All steps in a group must make the same update to the parameters that
     # get_params(state) returns. A step without a group is not compared.
@@ -142,7 +143,7 @@ class Step:
     # For the table:
     remark: str | None = None
     trainable_bytes: int | None = None  # per device
-    written_bytes: int | None = None  # at least, by one step on one device
+    written_bytes: int | None = None  # the least that a step writes on one device
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,18 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def differs(self, other: Timing) -> bool | None:
-        """Returns whether the intervals median ± spread are apart.
+        """Returns whether one of the two was faster in every round.
 
-        Returns None with fewer than three samples, whose spread means nothing.
+        If both take equally long, that happens by chance in 2 of 2**n runs of n rounds:
+        1.6% for 7 rounds. When the machine slows down, it slows down both. Returns None
+        for fewer than MIN_ROUNDS.
         """
-        if min(len(self.samples), len(other.samples)) < 3:
+        pairs = list(zip(self.samples, other.samples))
+        if len(pairs) < MIN_ROUNDS:
             return None
-        return abs(self.median - other.median) > self.spread + other.spread
+        always_faster = all(mine < theirs for mine, theirs in pairs)
+        always_slower = all(mine > theirs for mine, theirs in pairs)
+        return always_faster or always_slower
 
 
 @dataclass(frozen=True)
@@ -177,14 +183,14 @@ class CompilerStats:
     compile_s: float | None = None
     flops: int | None = None  # XLA's count; None if it misses matrix products
     flops_min: int | None = None  # of the matrix products and convolutions alone
-    bytes_min: int | None = None  # of all arguments, and of what a step must write
+    bytes_min: int | None = None  # of all arguments, plus what a step must write
     memory_bytes: int | None = None  # resident arrays plus temporaries
     temp_bytes: int | None = None
     unused_bytes: int | None = None  # resident, but not read by the step
     trainable_bytes: int | None = None
     kept_bytes: int | None = None  # the features of one batch
     collective_bytes: int | None = None  # results of the collectives
-    sent_bytes: int | None = None  # by one device for the collectives, assuming rings
+    sent_bytes: int | None = None  # by one device, assuming ring collectives
 
 
 @dataclass(frozen=True)
@@ -204,8 +210,7 @@ class Gradients(NamedTuple):
     """How a method computes gradients: ``fn(params, *args)`` returns (loss, grads).
 
     The step updates ``params``, and ``fn`` differentiates with respect to them. Arrays
-    are passed in ``args`` rather than closed over, because XLA would embed them as
-    constants.
+    are passed in ``args``, because XLA would embed closed-over arrays as constants.
     """
 
     fn: Function
@@ -247,7 +252,7 @@ def hoist(problem: Problem) -> Gradients:
 
 
 def stop_gradient(problem: Problem) -> Gradients:
-    """Differentiates all parameters; the gradients of the frozen ones are zeros."""
+    """Differentiates with respect to all parameters, behind lax.stop_gradient."""
 
     def loss(params: Tree, *batch: Tree) -> Any:
         trainable, frozen = mf.partition(problem.where, params)
@@ -308,10 +313,10 @@ def build_step(problem: Problem, case: Case) -> Step:
         return params
 
     donated = (0,) if case.donate else ()
-    # Without output shardings, XLA may choose others than those of the inputs.
-    state = new_state(problem, optimizer, shapes_of(gradients.params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    trained, moments = trained_state(problem, optimizer, case)
+    # Give the outputs the shardings of the inputs, or XLA may choose others.
+    abstract_state = new_state(problem, optimizer, shapes_of(gradients.params))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    trainable_bytes, written_bytes = bytes_to_write(problem, optimizer, case)
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
         init=partial(new_state, problem, optimizer, gradients.params),
@@ -320,8 +325,8 @@ def build_step(problem: Problem, case: Case) -> Step:
         group=group_of(case),
         get_params=get_params,
         remark=gradients.remark,
-        trainable_bytes=tree_bytes(trained),
-        written_bytes=tree_bytes((trained, moments)),
+        trainable_bytes=trainable_bytes,
+        written_bytes=written_bytes,
     )
 
 
@@ -329,8 +334,8 @@ def build_step(problem: Problem, case: Case) -> Step:
 def check_same_step(steps: Mapping[Case, Step]) -> None:
     """Raises FloatingPointError unless all steps in a group make the same update.
 
-    The first step of a group is the reference. Parameters that it does not update are
-    frozen, and must not change in the others.
+    The first step of a group is the reference. Parameters that its get_params() leaves
+    out are frozen, and must not change in the others.
     """
     references: dict[str, tuple[Case, LeavesByPath]] = {}
     for case, step in steps.items():
@@ -340,11 +345,16 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         after = to_host(step.get_params(state))
         if not jnp.isfinite(loss).all():
             raise FloatingPointError(f"{full_name(case)}: the loss is {loss}")
+        for path, leaf in after.items():
+            if not np.isfinite(np.float32(leaf)).all():
+                message = f"{leaf_name(path)!r} is not finite after the step"
+                raise FloatingPointError(f"{full_name(case)}: {message}")
         if step.group is None:
             continue
+        if step.group not in references:
+            references[step.group] = (case, after)
+            continue
 
-        # Comparing the reference with itself finds values that are not finite.
-        references.setdefault(step.group, (case, after))
         reference, expected = references[step.group]
         mismatch = find_mismatch(before, after, expected)
         if mismatch is not None:
@@ -415,6 +425,7 @@ def time_rounds(steps: Mapping[Key, Step], rounds: int = ROUNDS) -> dict[Key, Ti
     except KeyboardInterrupt:
         if not finished:
             raise
+        # Otherwise Report.add() ends the run, after it has stored this table.
 
     timings = {}
     for key in keys:
@@ -497,7 +508,7 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """Times one training step of each method.
 
     Unless the model brings its own optimizer, the last problem also gets rows with
-    clipping, with Adam, and with stop_gradient undonated.
+    clipping, with Adam, and without donation.
     """
     for problem in problems:
         baseline = baseline_case("methods", problem, options)
@@ -506,6 +517,7 @@ def methods_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         methods = METHODS if problem.optimizer is None else MAIN_METHODS
         cases = [replace(baseline, method=method) for method in methods]
         if problem.optimizer is None and problem is problems[-1]:
+            # Without donation, this method must copy the frozen parameters.
             cases.append(replace(baseline, method="stop_gradient", donate=False))
             for method in METHODS:
                 cases.append(replace(baseline, method=method, clip=True))
@@ -670,7 +682,7 @@ def build_features_step(once: Function, args: tuple[Tree, ...], features: Tree) 
     """Returns the step that computes hoist's features.
 
     Its state is the previous call's features. They are passed in only so that each call
-    waits for the one before it, instead of running beside it.
+    waits for the one before it, instead of running concurrently with it.
     """
 
     def compute(previous: Tree, *args: Tree) -> tuple[Tree, tuple[()]]:
@@ -716,18 +728,21 @@ def find_mismatch(
     """
     if not expected.keys() & after.keys():
         return "it updates none of the parameters that the reference updates"
-    moved, expected_to_move = 0.0, 0.0
+    dot_product, squared_length = 0.0, 0.0
     for path, leaf in after.items():
         mismatch = deviation(before[path], leaf, expected.get(path))
         if mismatch is not None:
             return f"{leaf_name(path)!r} {mismatch}"
         if path in expected:
             start = np.float32(before[path])
+            update = np.float32(leaf) - start
             expected_update = np.float32(expected[path]) - start
-            moved += float(np.vdot(np.float32(leaf) - start, expected_update))
-            expected_to_move += float(np.vdot(expected_update, expected_update))
-    if moved < 0.5 * expected_to_move:
-        return f"the update is only {moved / expected_to_move:.0%} of the expected one"
+            dot_product += float(np.vdot(update, expected_update))
+            squared_length += float(np.vdot(expected_update, expected_update))
+    # The projection of the update on the expected one is their ratio times the latter.
+    if dot_product < 0.5 * squared_length:
+        ratio = dot_product / squared_length
+        return f"the update is only {ratio:.0%} of the expected one"
     return None
 
 
@@ -739,8 +754,6 @@ def deviation(before: Any, got: Any, expected: Any) -> str | None:
     """
     finfo: Any = jnp.finfo  # it has no type annotations
     eps = float(finfo(got.dtype).eps)
-    if not np.isfinite(np.float32(got)).all():
-        return "is not finite after the step"
     if expected is None:
         return None if np.array_equal(before, got) else "is frozen, but it changed"
     before, got, expected = np.float32(before), np.float32(got), np.float32(expected)
@@ -787,7 +800,7 @@ def expected_failure(error: Exception, case: Case) -> str | None:
         return None
     if case.simulated:
         return "out of memory"
-    return "out of memory (the table's other methods were in memory, too)"
+    return "out of memory (with the table's other methods also loaded)"
 
 
 def peak_memory_bytes() -> int | None:
@@ -944,8 +957,8 @@ def product_flops(jaxpr: Any) -> int:
 def convolution_products(eqn: Any) -> int:
     """Counts the multiplications of a convolution.
 
-    Zeros from padding or dilation do not count. The rest is separable: the product of
-    one count for each spatial axis.
+    Zeros from padding or dilation do not count. The other multiplications factor into
+    one count per spatial axis.
     """
     image, kernel = (variable.aval.shape for variable in eqn.invars)
     output = eqn.outvars[0].aval.shape
@@ -975,14 +988,15 @@ ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 
 
 def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
-    """Adds up the collectives in a program's text.
+    """Adds up the bytes of the collectives in a program's HLO text.
 
     Returns:
         The bytes of their results on one device, and the bytes that one device sends
         for them, assuming ring algorithms. A collective in a loop counts once.
     """
     n = devices
-    sent_per_byte = {  # of the result; that of a reduce-scatter is 1/n of its input
+    # Per byte of the result. The result of a reduce-scatter is 1/n of its input.
+    sent_per_byte = {
         "all-reduce": 2 * (n - 1) / n,
         "all-gather": (n - 1) / n,
         "reduce-scatter": n - 1,
@@ -996,7 +1010,7 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         if operation is None:
             continue
         # An asynchronous collective appears as all-reduce-start and all-reduce-done.
-        # Count only -done, whose result matches the synchronous form.
+        # Count only -done, whose result is that of the synchronous operation.
         name = operation["name"].removesuffix("-done")
         if name not in sent_per_byte:
             continue
@@ -1090,20 +1104,23 @@ def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
     return put_params(state, problem.mesh, problem.sharded)
 
 
-def trained_state(problem: Problem, optimizer: Optimizer, case: Case) -> Tree:
-    """Returns the shapes of the state that a step must write at least.
+def bytes_to_write(
+    problem: Problem, optimizer: Optimizer, case: Case
+) -> tuple[int, int]:
+    """Returns the bytes of the trainable parameters, without and with their moments.
 
-    This leaves out frozen parameters and their moments, even if the method's state
-    includes them.
+    A step must write at least these. Some methods' states also include frozen
+    parameters.
     """
     trainable = problem.params
     if case.method != "everything":
         trainable, _ = mf.partition(problem.where, trainable)
-    return new_state(problem, optimizer, shapes_of(trainable))
+    state = new_state(problem, optimizer, shapes_of(trainable))
+    return tree_bytes(trainable), tree_bytes(state)
 
 
 def shapes_of(tree: Tree) -> Tree:
-    """Returns a tree with the shapes of its arrays."""
+    """Replaces each array of a tree by its shape."""
     return jax.eval_shape(lambda tree: tree, tree)
 
 
@@ -1146,6 +1163,7 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         rows = measure(simulated_cases, build, options)
         yield f"{title}\nas compiled for {compiled_for}, not run", rows
     elif not options.devices and jax.process_count() == 1:
+        # By default, also show what 8 devices would send.
         rows = compile_for_8_devices(options)
         yield f"{title}\nas compiled for cpu, not run", rows
 
@@ -1184,7 +1202,8 @@ def device_cases(case: Case) -> list[Case]:
 def usable_devices(options: Namespace) -> list[jax.Device]:
     """Returns the devices, taking one from each process in turn.
 
-    The first n of them must include the same number from each process.
+    The first n of them then include the same number from each process, if n is a
+    multiple of the number of processes.
     """
     if options.topology:
         return topology_devices(options.topology)
@@ -1218,10 +1237,10 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 def compile_for_8_devices(options: Namespace) -> list[Row]:
-    """Returns the rows of a new process with 8 simulated CPU devices.
+    """Runs this script for 8 simulated CPU devices, and returns its rows.
 
-    The number of simulated devices must be set before JAX starts, which has happened
-    in this process.
+    It takes a new process, because the number of simulated devices must be set before
+    JAX starts.
     """
     arguments = []
     for name in ("model", "sizes", "batch", "dtype", "optimizer", "train", "freeze"):
@@ -1262,6 +1281,9 @@ def prefix_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     yield title, measure(cases, build, options)
 
 
+RUN_STEPS = 10_000  # in the walk-through
+
+
 def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """A step of minifreeze's walk-through, run in a Python loop and in a scan."""
     sizes, rows, where = MLPS["seed"]
@@ -1269,27 +1291,22 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     trainable, frozen = mf.partition(where, problem.params)
     xs, ys = mf.dataset(jax.random.key(1), RUN_STEPS, rows)
     xs = xs.astype(options.dtype)
-
-    loop = Step(
-        fn=jax.jit(mf.train_step, donate_argnums=0),
+    train_step = jax.jit(mf.train_step, donate_argnums=0)
+    train = jax.jit(mf.train, donate_argnums=0)
+    step = partial(
+        Step,
         init=lambda: jax.tree.map(jnp.copy, trainable),
-        args=(frozen, xs[0], ys[0]),
-        group="one step",
         trainable_bytes=tree_bytes(trainable),
     )
-    train = jax.jit(mf.train, donate_argnums=0)
-    short_scan = replace(loop, fn=train, args=(frozen, xs[:1], ys[:1]))
-    loop_case = replace(
-        baseline_case("run", problem, options), method="loop", optimizer="sgd"
-    )
-    scan_case = replace(loop_case, method="scan")
-    # A scan of one step must equal the step. measure() compares neither with the scan
-    # that it times, which takes many steps.
-    check_same_step({loop_case: loop, scan_case: short_scan})
-    scan = replace(
-        short_scan, args=(frozen, xs, ys), training_steps=RUN_STEPS, group=None
-    )
+    loop = step(train_step, args=(frozen, xs[0], ys[0]), group="one step")
+    one_step_scan = step(train, args=(frozen, xs[:1], ys[:1]), group="one step")
+    scan = step(train, args=(frozen, xs, ys), training_steps=RUN_STEPS)
 
+    baseline = baseline_case("run", problem, options)
+    loop_case = replace(baseline, method="loop", optimizer="sgd")
+    scan_case = replace(loop_case, method="scan")
+    # The scan that measure() times takes many steps, so compare one of a single step.
+    check_same_step({loop_case: loop, scan_case: one_step_scan})
     steps = {loop_case: loop, scan_case: scan}
     title = (
         "seed: a step of the walk-through. The loop repeats one batch; "
@@ -1306,7 +1323,6 @@ def peers_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     yield from peers["peers_table"](options, problems)
 
 
-RUN_STEPS = 10_000  # in the walk-through
 PEERS = Path(__file__).parent / ".ci" / "peers.py"
 TABLES: dict[str, Callable[[Namespace, Sequence[Problem]], Tables]] = {
     "methods": methods_table,
@@ -1606,9 +1622,9 @@ def check_devices(options: Namespace) -> None:
     for count in options.devices or []:
         if count > available or count % processes:
             raise ValueError(
-                f"--devices {count}: {available} devices are available; the count must "
-                f"not exceed that and must be a multiple of {processes}, the number of "
-                "processes (--compile-only simulates more)"
+                f"--devices {count} must be at most {available}, the number of devices "
+                f"that are available, and a multiple of {processes}, the number of "
+                "processes; --compile-only simulates more devices"
             )
 
 
@@ -1692,8 +1708,9 @@ def check_cluster(failure: str, options: Namespace) -> None:
         raise ValueError(failure)
     if others.size:
         raise ValueError(
-            f"processes {others} failed their checks or were started with options that "
-            f"differ from those of process 0; the options of this process: {shared}"
+            f"processes {others} differ from process 0: either a check failed in some "
+            "of them, which then name the reason, or their options are different; the "
+            f"options of this process: {shared}"
         )
 
 
@@ -1750,8 +1767,11 @@ class Report:
         """Records an error: exit code 2 before the measurements began, else 1."""
         self.ended = f"error: {str(error) or type(error).__name__}"
         self.code = 1 if self.measuring else 2
-        expected = (OSError, FloatingPointError if self.measuring else ValueError)
-        if not isinstance(error, expected):
+        if self.measuring:
+            needs_traceback = not isinstance(error, (OSError, FloatingPointError))
+        else:
+            needs_traceback = not isinstance(error, (OSError, ValueError))
+        if needs_traceback:
             traceback.print_exception(error)
 
 
@@ -1932,7 +1952,7 @@ def row_of(result: Result, by_case: Mapping[Case, Result]) -> Row:
         "peak_memory_bytes": result.peak_memory_bytes,
         "remark": result.remark,
     }
-    # In the JSON file, a row is found by its problem, method, optimizer and clipping.
+    # Users of the JSON file find a row by its problem, method, optimizer and clipping.
     if case.table == "prefix":
         row["problem"] = f"{case.problem}, {case.frozen_layers} frozen"
     if not case.donate:
@@ -1962,17 +1982,15 @@ def row_of(result: Result, by_case: Mapping[Case, Result]) -> Row:
 
 
 def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
-    """Returns whether hoist's step has as many FLOPs as partition's."""
+    """Returns whether hoist's step is known to have as many FLOPs as partition's."""
     if partitioned is None:
         return False
     mine, theirs = hoisted.stats, partitioned.stats
+    if mine.flops is None or theirs.flops is None:
+        return False
     if mine.flops_min is None or theirs.flops_min is None:
         return False
-    if mine.flops_min < theirs.flops_min:
-        return False
-    if mine.flops is None or theirs.flops is None:
-        return True
-    return mine.flops >= 0.99 * theirs.flops
+    return mine.flops_min >= theirs.flops_min and mine.flops >= 0.99 * theirs.flops
 
 
 def break_even(
@@ -2032,10 +2050,10 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
         columns.append(number_column("sent {prefix}B", rows, "sent_bytes"))
         columns.append(percent_column("efficiency %", rows, "efficiency"))
     if not (on_devices and timed):  # they would not all fit on a line
-        unit = rows[0]["batch_unit"]
+        rate_title = "{prefix} " + rows[0]["batch_unit"] + "/s"
         columns.append(percent_column("limit %", rows, "limit_share"))
         columns.append(number_column("{prefix}FLOP", rows, "flops"))
-        columns.append(number_column(f"{{prefix}} {unit}/s", rows, "rows_per_s"))
+        columns.append(number_column(rate_title, rows, "rows_per_s"))
 
     lines = ["", title, *aligned(columns)]
     for row in rows:
@@ -2050,7 +2068,7 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
 
 
 def time_column(rows: Sequence[Row]) -> Column:
-    """Formats medians with three digits, and spreads with as many decimals."""
+    """Formats medians with three digits, and spreads with the same decimals."""
     scale, prefix = si_prefix([row["step_s"] for row in rows])
     cells = []
     for row in rows:
@@ -2204,12 +2222,14 @@ def legend(options: Namespace) -> str:
             "Before timing, the update of each method is checked against that of the "
             "first one. The check always uses SGD. Times are median ± median absolute "
             "deviation. Speed-ups are relative to the everything row; "
-            f'"{NO_DIFFERENCE}" means that the intervals overlap. Limit is an estimate '
-            "of the shortest possible step time, divided by the measured time: the "
-            "time for the matrix products, or for reading all arguments and writing "
-            "the trainable parameters and their optimizer state, at measured peak "
-            "rates. A step can beat it if data stays in a cache, or if it reads only "
-            "part of an argument, such as an embedding table."
+            f'"{NO_DIFFERENCE}" means that neither was faster in every round. Limit is '
+            "the shortest possible step time as a share of the measured time. The "
+            "shortest possible time is the larger of two estimates: the time for the "
+            "matrix products, and the time for reading all arguments and writing the "
+            "trainable parameters and their optimizer state. Both use peak rates that "
+            "were measured in the dtype of the parameters. A step can beat them if "
+            "data stays in a cache, if it reads only part of an argument, such as an "
+            "embedding table, or if it computes in a smaller dtype."
         )
     lines.append(
         "Memory is per device, according to the compiler: parameters, optimizer state, "
@@ -2252,8 +2272,8 @@ def find_row(rows: Sequence[Row], **wanted: Any) -> Row | None:
 
 def conclude_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
-    if 0 < max(len(row["samples"]) for row in rows) < 3:
-        return f"{problem}: too few samples to compare methods; use --rounds 3 or more."
+    if 0 < max(len(row["samples"]) for row in rows) < MIN_ROUNDS:
+        return f"{problem}: fewer than {MIN_ROUNDS} rounds are too few for a verdict."
     partition_row = find_row(rows, method="partition", optimizer=optimizer, clip=False)
     sentences = [f"{problem}: {conclude_partition(partition_row)}"]
 
@@ -2263,7 +2283,10 @@ def conclude_methods(rows: Sequence[Row]) -> str:
         all_bytes, part_bytes = adam_all["memory_bytes"], adam_part["memory_bytes"]
         if all_bytes is not None and part_bytes is not None and part_bytes < all_bytes:
             saved = quantity(all_bytes - part_bytes, "B")
-            sentences.append(f"With Adam, partition needs {saved} less memory.")
+            sentences.append(
+                f"With Adam, partition needs {saved} less memory than training all "
+                "parameters."
+            )
 
     hoist_row = find_row(rows, method="hoist", optimizer=optimizer, clip=False)
     if hoist_row is not None:
@@ -2296,8 +2319,8 @@ def conclude_hoist(row: Row, partition_row: Row | None) -> str:
         )
     if not Timing(row["samples"]).differs(Timing(partition_row["samples"])):
         return (
-            "Even if batches repeat, hoist was not measurably faster or slower than "
-            "partition."
+            "Even with repeated batches, hoist was not measurably faster or slower "
+            "than partition."
         )
     ratio = partition_row["step_s"] / row["step_s"]
     if ratio < 1:
