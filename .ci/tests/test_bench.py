@@ -631,7 +631,8 @@ def test_answer_names_the_gain_and_what_it_costs() -> None:
         "deep: use partition, which is 2.7x faster than training everything. With "
         "Adam, partition needs 153 MB less memory than training all parameters. If "
         "batches repeat, each step of hoist is 33.3x faster than one of partition; "
-        "computing the features up front pays off from epoch 2 on, and storing them takes 500 kB per batch."
+        "computing the features up front pays off from epoch 2 on, and storing them "
+        "takes 500 kB per batch."
     )
 
 
