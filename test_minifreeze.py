@@ -81,7 +81,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_CPUS}"
 pytestmark = pytest.mark.filterwarnings("error")  # a warning fails its test
 
 # The default profile is deterministic.
-settings.register_profile("default", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=20_000, deadline=None)
 settings.register_profile(
     "mutants", max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate]
