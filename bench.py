@@ -15,8 +15,8 @@ the timing, the main table and main(). Below the banner: optimizers, compiler
 statistics, several devices, the other tables, loading your own model, options and
 output.
 
-The hoist method computes once per batch whatever depends only on frozen parameters and
-the batch. These stored values are called features.
+The hoist method computes whatever depends only on the frozen parameters and the batch
+once per batch, and stores it. The stored values are called features.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
 Key = TypeVar("Key", bound=Hashable)
 
 ROUNDS = 7  # samples per case, by default
-MIN_ROUNDS = 6  # to tell whether two cases differ
+SIGNIFICANCE = 0.05  # of a difference between two cases
+MIN_ROUNDS = 6  # fewer can never show a difference
 SAMPLE_S = 0.05  # shortest sample; most last up to twice this
 MAX_CALLS = 10_000  # per sample
 
@@ -133,8 +134,7 @@ class Step:
     init: Callable[[], Tree]
     args: tuple[Tree, ...] = ()
     training_steps: int = 1  # per call of fn
-    # Computes hoist's features of the batch. Its state is the previous call's features,
-    # so that successive calls run one after another. Its loss is ().
+    # Computes hoist's features. It is a Step so that it can be timed like any other.
     features_step: Step | None = None
     # All steps in a group must make the same update to the parameters that
     # get_params(state) returns. A step without a group is not compared.
@@ -143,7 +143,7 @@ class Step:
     # For the table:
     remark: str | None = None
     trainable_bytes: int | None = None  # per device
-    written_bytes: int | None = None  # the least that a step writes on one device
+    written_bytes: int | None = None  # lower bound on what a step writes, per device
 
 
 @dataclass(frozen=True)
@@ -162,18 +162,20 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def differs(self, other: Timing) -> bool | None:
-        """Returns whether one of the two was faster in every round.
+        """Returns whether one of the two was faster in significantly many rounds.
 
-        If both take equally long, that happens by chance in 2 of 2**n runs of n rounds:
-        1.6% for 7 rounds. When the machine slows down, it slows down both. Returns None
-        for fewer than MIN_ROUNDS.
+        This is the sign test. If both take equally long, each is the faster one in a
+        round with probability 1/2. Comparing within a round cancels slowdowns of the
+        machine, which affect both. Returns None for fewer than MIN_ROUNDS.
         """
-        pairs = list(zip(self.samples, other.samples))
-        if len(pairs) < MIN_ROUNDS:
+        rounds = len(self.samples)
+        if rounds < MIN_ROUNDS:
             return None
-        always_faster = all(mine < theirs for mine, theirs in pairs)
-        always_slower = all(mine > theirs for mine, theirs in pairs)
-        return always_faster or always_slower
+        faster = sum(np.less(self.samples, other.samples))
+        slower = sum(np.greater(self.samples, other.samples))
+        exceptions = rounds - max(faster, slower)
+        outcomes = sum(math.comb(rounds, count) for count in range(exceptions + 1))
+        return bool(2 * outcomes / 2**rounds <= SIGNIFICANCE)
 
 
 @dataclass(frozen=True)
@@ -314,8 +316,7 @@ def build_step(problem: Problem, case: Case) -> Step:
 
     donated = (0,) if case.donate else ()
     # Give the outputs the shardings of the inputs, or XLA may choose others.
-    abstract_state = new_state(problem, optimizer, shapes_of(gradients.params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    shardings = state_shardings(problem, optimizer, gradients.params)
     trainable_bytes, written_bytes = bytes_to_write(problem, optimizer, case)
     return Step(
         fn=jax.jit(step, donate_argnums=donated, out_shardings=(shardings, None)),
@@ -356,6 +357,8 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
             continue
 
         reference, expected = references[step.group]
+        if case.frozen_layers:  # the reference trains all layers
+            expected = {path: expected[path] for path in after if path in expected}
         mismatch = find_mismatch(before, after, expected)
         if mismatch is not None:
             message = f"{full_name(case)}: {mismatch}"
@@ -445,7 +448,9 @@ def measure(
     for case in cases:
         try:
             step = build(case)
-            stats[case] = compile_step(step, case.devices, options.batches)
+            stats[case] = compile_step(
+                step, devices=case.devices, stored_batches=options.batches
+            )
             if not case.simulated:
                 try_out(step)
                 peaks[case] = peak_memory_bytes()
@@ -695,7 +700,7 @@ def build_features_step(once: Function, args: tuple[Tree, ...], features: Tree) 
 def hoist_remark(
     caught: Sequence[warnings.WarningMessage], once_jaxpr: Any
 ) -> str | None:
-    """Returns a remark on the features; re-issues the warnings of your own model."""
+    """Returns a remark on the features; re-issues warnings that your model raised."""
     remark = None
     if draws_random_numbers(once_jaxpr.jaxpr):
         remark = "random numbers are drawn once per batch and reused in every epoch"
@@ -724,10 +729,12 @@ def find_mismatch(
     """Describes how a step differs from the expected one; None if it does not.
 
     The parameters may differ by rounding. In bfloat16, rounding can exceed a whole
-    update, so together they must also have moved at least half the expected way.
+    update, so the parameters as a whole must also have moved at least half as far as
+    expected.
     """
-    if not expected.keys() & after.keys():
-        return "it updates none of the parameters that the reference updates"
+    for path in expected:
+        if path not in after:
+            return f"{leaf_name(path)!r} is not updated"
     dot_product, squared_length = 0.0, 0.0
     for path, leaf in after.items():
         mismatch = deviation(before[path], leaf, expected.get(path))
@@ -739,10 +746,10 @@ def find_mismatch(
             expected_update = np.float32(expected[path]) - start
             dot_product += float(np.vdot(update, expected_update))
             squared_length += float(np.vdot(expected_update, expected_update))
-    # The projection of the update on the expected one is their ratio times the latter.
+    # Their ratio is the fraction of the expected update that was made.
     if dot_product < 0.5 * squared_length:
-        ratio = dot_product / squared_length
-        return f"the update is only {ratio:.0%} of the expected one"
+        fraction = dot_product / squared_length
+        return f"the update is only {fraction:.0%} of the expected one"
     return None
 
 
@@ -846,14 +853,16 @@ def tree_bytes(tree: Tree) -> int:
 
 
 # ---------------------------------------------------------- what the compiler reports
-def compile_step(step: Step, devices: int = 1, batches: int = 1) -> CompilerStats:
+def compile_step(
+    step: Step, devices: int = 1, stored_batches: int = 1
+) -> CompilerStats:
     """Compiles a step and reads what the compiler says about it.
 
     Args:
         step: the step to compile. If its ``fn`` has no ``lower``, as in some other
             libraries, only the bytes of its arrays are known.
         devices: how many devices share the work evenly.
-        batches: batches per epoch; the features of each stay in memory.
+        stored_batches: the number of batches whose features stay in memory.
     """
     stats = CompilerStats(trainable_bytes=step.trainable_bytes)
     if step.features_step is not None:
@@ -887,20 +896,20 @@ def compile_step(step: Step, devices: int = 1, batches: int = 1) -> CompilerStat
     collective, sent = collective_bytes(compiled.as_text(), devices)
     stats = replace(stats, collective_bytes=collective, sent_bytes=sent)
     memory = compiled.memory_analysis()
-    return stats if memory is None else with_memory(stats, memory, step, batches)
+    return stats if memory is None else with_memory(stats, memory, step, stored_batches)
 
 
 def with_memory(
-    stats: CompilerStats, memory: Any, step: Step, batches: int
+    stats: CompilerStats, memory: Any, step: Step, stored_batches: int
 ) -> CompilerStats:
     """Adds what follows from XLA's memory analysis."""
     # Outputs that overwrite donated arguments are aliases.
     new_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
     memory_bytes = memory.argument_size_in_bytes + new_bytes + memory.temp_size_in_bytes
-    # jit drops arguments that it does not read, but they stay in memory.
+    # jit drops arguments that the step does not read, but they stay in memory.
     memory_bytes += stats.unused_bytes or 0
     # The arguments include the features of only one batch.
-    memory_bytes += (stats.kept_bytes or 0) * (batches - 1)
+    memory_bytes += (stats.kept_bytes or 0) * (stored_batches - 1)
     bytes_min = None
     if step.training_steps == 1:  # a scan may keep parameters in a cache
         bytes_min = memory.argument_size_in_bytes + (step.written_bytes or 0)
@@ -957,8 +966,8 @@ def product_flops(jaxpr: Any) -> int:
 def convolution_products(eqn: Any) -> int:
     """Counts the multiplications of a convolution.
 
-    Zeros from padding or dilation do not count. The other multiplications factor into
-    one count per spatial axis.
+    Zeros from padding or dilation do not count. The count of the rest is a product,
+    with one factor per spatial axis.
     """
     image, kernel = (variable.aval.shape for variable in eqn.invars)
     output = eqn.outvars[0].aval.shape
@@ -981,7 +990,7 @@ def convolution_products(eqn: Any) -> int:
     return int(count)
 
 
-# %all-reduce.1 = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1, ...
+# %all-reduce.1 = (f32[8]{0:T(128)}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1
 OPERATION = re.compile(r" = (?P<result>\(.*?\)|\S+) (?P<name>[a-z-]+)\(")
 # f32[8], bf16[2,3], pred[]
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
@@ -1104,6 +1113,12 @@ def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
     return put_params(state, problem.mesh, problem.sharded)
 
 
+def state_shardings(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
+    """Returns the sharding of each leaf of new_state()."""
+    state = new_state(problem, optimizer, shapes_of(params))
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
 def bytes_to_write(
     problem: Problem, optimizer: Optimizer, case: Case
 ) -> tuple[int, int]:
@@ -1162,8 +1177,9 @@ def devices_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
         compiled_for = options.topology or devices[0].platform
         rows = measure(simulated_cases, build, options)
         yield f"{title}\nas compiled for {compiled_for}, not run", rows
-    elif not options.devices and jax.process_count() == 1:
-        # By default, also show what 8 devices would send.
+        return
+    # By default, also show what 8 devices would send.
+    if not options.devices and jax.process_count() == 1:
         rows = compile_for_8_devices(options)
         yield f"{title}\nas compiled for cpu, not run", rows
 
@@ -1293,19 +1309,19 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     xs = xs.astype(options.dtype)
     train_step = jax.jit(mf.train_step, donate_argnums=0)
     train = jax.jit(mf.train, donate_argnums=0)
-    step = partial(
+    make_step = partial(
         Step,
         init=lambda: jax.tree.map(jnp.copy, trainable),
         trainable_bytes=tree_bytes(trainable),
     )
-    loop = step(train_step, args=(frozen, xs[0], ys[0]), group="one step")
-    one_step_scan = step(train, args=(frozen, xs[:1], ys[:1]), group="one step")
-    scan = step(train, args=(frozen, xs, ys), training_steps=RUN_STEPS)
+    loop = make_step(train_step, args=(frozen, xs[0], ys[0]), group="one step")
+    one_step_scan = make_step(train, args=(frozen, xs[:1], ys[:1]), group="one step")
+    scan = make_step(train, args=(frozen, xs, ys), training_steps=RUN_STEPS)
 
     baseline = baseline_case("run", problem, options)
     loop_case = replace(baseline, method="loop", optimizer="sgd")
     scan_case = replace(loop_case, method="scan")
-    # The scan that measure() times takes many steps, so compare one of a single step.
+    # The scan that measure() times takes many steps, so compare a one-step scan.
     check_same_step({loop_case: loop, scan_case: one_step_scan})
     steps = {loop_case: loop, scan_case: scan}
     title = (
@@ -1351,6 +1367,9 @@ def load_model(options: Namespace) -> Problem:
         raise ValueError(f"{options.model} must return {expected}")
 
     loss, params, batch = returned[:3]
+    if not isinstance(batch, (tuple, list)):
+        kind = type(batch).__name__
+        raise ValueError(f"{options.model}: the batch must be a tuple, not {kind}")
     params = arrays_of("parameter", params)
     batch = arrays_of("batch", tuple(batch))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -1384,8 +1403,9 @@ def errors_of(model: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        command = f"uv run --with {error.name} bench.py ..."
-        raise ValueError(f"{model}: {error}; {command}") from error
+        package, _, _ = str(error.name).partition(".")
+        command = f"uv run --with {package} bench.py ..."
+        raise ValueError(f"{model}: {error}; try: {command}") from error
     except SystemExit as error:
         raise ValueError(f"{model} called sys.exit({error.code})") from error
     except Exception as error:
@@ -1408,7 +1428,7 @@ def arrays_of(kind: str, tree: Tree) -> Tree:
 
 
 def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
-    """Finds the number of rows: the length of the first axis of all data leaves.
+    """Finds the number of rows: the length that all data leaves' first axes share.
 
     Returns:
         The rows, and the tokens per row if all data are token ids (rows, length).
@@ -1423,7 +1443,7 @@ def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
         message = f"the first axes of the batch's leaves have lengths {lengths}"
         raise ValueError(f"{message}; pass the number of rows with --batch N")
     if given is not None and given not in lengths:
-        raise ValueError(f"no leaf of the batch has a first axis of {given}")
+        raise ValueError(f"no leaf of the batch has a first axis of length {given}")
 
     rows = lengths[0] if given is None else given
     data = [leaf for leaf in data if leaf.shape[0] == rows]
@@ -1459,7 +1479,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     train_help, freeze_help = "train these leaves", "freeze these leaves"
     selection.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
     selection.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="(default: sgd)")
+    optimizer_help = "unless the model returns one (default: sgd)"
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help=optimizer_help)
     dtype_help = "dtype of the built-in MLPs (default: float32)"
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, default="float32", help=dtype_help)
@@ -1621,11 +1642,10 @@ def check_devices(options: Namespace) -> None:
     available, processes = len(usable_devices(options)), jax.process_count()
     for count in options.devices or []:
         if count > available or count % processes:
-            raise ValueError(
-                f"--devices {count} must be at most {available}, the number of devices "
-                f"that are available, and a multiple of {processes}, the number of "
-                "processes; --compile-only simulates more devices"
-            )
+            message = f"--devices {count}: only {available} can be used here"
+            if processes > 1:
+                message += f", and the same number in each of {processes} processes"
+            raise ValueError(f"{message}; --compile-only simulates more")
 
 
 def check_files(options: Namespace) -> None:
@@ -1708,9 +1728,9 @@ def check_cluster(failure: str, options: Namespace) -> None:
         raise ValueError(failure)
     if others.size:
         raise ValueError(
-            f"processes {others} differ from process 0: either a check failed in some "
-            "of them, which then name the reason, or their options are different; the "
-            f"options of this process: {shared}"
+            f"processes {others} differ from process 0: either a check failed in one "
+            "of the processes, whose own message gives the reason, or their options "
+            f"differ; the options of this process: {shared}"
         )
 
 
@@ -1926,7 +1946,7 @@ NOT_TIMED: Row = {
     "spread_s": None,
     "samples": (),
     "speedup": None,  # relative to everything
-    "differs": None,  # from everything, by more than the spreads
+    "differs": None,  # from everything, according to Timing.differs
     "rows_per_s": None,  # or tokens
     "efficiency": None,  # throughput per device, relative to a single device
     "limit_share": None,
@@ -2006,7 +2026,7 @@ def break_even(
 
 
 def add_limits(rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
-    """Adds the limit to all rows that were timed, or to none."""
+    """Adds the limit to all rows that were timed, or to none, to avoid gaps."""
     timed = [row for row in rows if row["step_s"] is not None]
     limits = [limit_share(row, machine) for row in timed]
     if None not in limits:
@@ -2109,6 +2129,8 @@ def speedup_text(row: Row) -> str:
 
 
 def times(ratio: float) -> str:
+    if 1 < ratio < 1.095:
+        return f"{ratio:.2f}x"
     return f"{ratio:.1f}x" if ratio < 9.95 else f"{three_digits(ratio)}x"
 
 
@@ -2220,16 +2242,17 @@ def legend(options: Namespace) -> str:
     if not options.compile_only:
         lines.append(
             "Before timing, the update of each method is checked against that of the "
-            "first one. The check always uses SGD. Times are median ± median absolute "
-            "deviation. Speed-ups are relative to the everything row; "
-            f'"{NO_DIFFERENCE}" means that neither was faster in every round. Limit is '
-            "the shortest possible step time as a share of the measured time. The "
-            "shortest possible time is the larger of two estimates: the time for the "
-            "matrix products, and the time for reading all arguments and writing the "
-            "trainable parameters and their optimizer state. Both use peak rates that "
-            "were measured in the dtype of the parameters. A step can beat them if "
-            "data stays in a cache, if it reads only part of an argument, such as an "
-            "embedding table, or if it computes in a smaller dtype."
+            "first one with the same clipping. The check always uses SGD. Times are "
+            "median ± median absolute deviation. Speed-ups are relative to the "
+            f'"everything" row; "{NO_DIFFERENCE}" means that neither was faster in '
+            f"significantly many rounds (sign test, {SIGNIFICANCE:.0%} level). Limit "
+            "is the shortest possible step time as a share of the measured time. The "
+            "shortest possible time is the larger of two estimates at measured peak "
+            "rates: the time for the matrix products, and the time for reading all "
+            "arguments and writing the trainable parameters and their optimizer state. "
+            "A step can be faster than that if data stays in a cache, if it reads only "
+            "part of an argument, such as an embedding table, or if it computes in a "
+            "smaller dtype than that of the parameters."
         )
     lines.append(
         "Memory is per device, according to the compiler: parameters, optimizer state, "
@@ -2273,7 +2296,7 @@ def find_row(rows: Sequence[Row], **wanted: Any) -> Row | None:
 def conclude_methods(rows: Sequence[Row]) -> str:
     problem, optimizer = rows[0]["problem"], rows[0]["optimizer"]
     if 0 < max(len(row["samples"]) for row in rows) < MIN_ROUNDS:
-        return f"{problem}: fewer than {MIN_ROUNDS} rounds are too few for a verdict."
+        return f"{problem}: at least {MIN_ROUNDS} rounds are needed for a verdict."
     partition_row = find_row(rows, method="partition", optimizer=optimizer, clip=False)
     sentences = [f"{problem}: {conclude_partition(partition_row)}"]
 

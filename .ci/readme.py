@@ -98,7 +98,7 @@ def speed_up(row: Row | None) -> str:
     if row is None or row["speedup"] is None:
         return MISSING
     if not row["differs"] and row["method"] != "everything":
-        return "no difference"  # neither was faster in every round
+        return "no difference"  # according to the sign test
     return times(row["speedup"])
 
 

@@ -132,20 +132,23 @@ def test_median_and_spread_of_a_timing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "differs"),
+    ("wins", "ties", "losses", "differs"),
     [
-        ([5, 6, 7, 8, 9, 10], True),  # slower in every round
-        ([1, 2, 3, 4, 5, 6], True),  # faster in every round
-        ([1, 2, 3, 4, 5, 9], False),
-        ([9, 6, 7, 8, 9, 7], False),  # a tie in the last round
-        ([5, 6, 7, 8, 9], None),
+        (6, 0, 0, True),  # 2 / 2**6 = 3.1 %
+        (7, 0, 0, True),
+        (6, 0, 1, False),  # 2 * (1 + 7) / 2**7 = 12.5 %
+        (6, 1, 0, False),
+        (8, 0, 1, True),  # 2 * (1 + 9) / 2**9 = 3.9 %
+        (14, 0, 4, True),  # 2 * (1 + 18 + 153 + 816 + 3060) / 2**18 = 3.1 %
+        (13, 0, 5, False),
+        (5, 0, 0, None),
     ],
 )
-def test_timings_differ_if_one_was_faster_in_every_round(
-    others: list[float], differs: bool | None
+def test_timings_differ_according_to_the_sign_test(
+    wins: int, ties: int, losses: int, differs: bool | None
 ) -> None:
-    timing = bench.Timing((2.0, 3.0, 4.0, 5.0, 6.0, 7.0)[: len(others)])
-    other = bench.Timing(tuple(others))
+    timing = bench.Timing((2.0,) * (wins + ties + losses))
+    other = bench.Timing((3.0,) * wins + (2.0,) * ties + (1.0,) * losses)
     assert timing.differs(other) is differs
     assert other.differs(timing) is differs
 
@@ -399,7 +402,7 @@ def test_memory_has_all_that_is_resident() -> None:
     assert stats.bytes_min == 100 + 7
 
     step = replace(step, features_step=replace(step, init=lambda: unused))
-    one, three = bench.compile_step(step), bench.compile_step(step, batches=3)
+    one, three = bench.compile_step(step), bench.compile_step(step, stored_batches=3)
     assert one.kept_bytes == 12
     assert one.memory_bytes is not None
     assert three.memory_bytes == one.memory_bytes + 2 * 12
@@ -434,6 +437,14 @@ def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
     assert rows[1]["samples"] == (0.5, 2.0, 2.0, 0.5, 2.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(1.0, "1.0x"), (1.03, "1.03x"), (9.96, "9.96x"), (12.34, "12.3x")],
+)
+def test_ratios_close_to_one_have_two_decimals(ratio: float, text: str) -> None:
+    assert bench.times(ratio) == text
+
+
 def test_a_slower_method_is_called_slower() -> None:
     everything = result("everything", *[2.0] * 6)
     row = row_of("partition", everything, result("partition", *[8.0] * 6))
@@ -449,7 +460,7 @@ def test_a_few_samples_give_a_ratio_and_no_verdict(samples: int) -> None:
     assert (rows[1]["speedup"], rows[1]["differs"]) == (0.25, None)
     assert bench.speedup_text(rows[1]) == "4.0x slower"
     assert bench.conclusion([rows]) == (
-        "deep: fewer than 6 rounds are too few for a verdict."
+        "deep: at least 6 rounds are needed for a verdict."
     )
 
 
@@ -709,7 +720,7 @@ def moving(
          "'frozen' is frozen, but it changed"),
         (moving({"w": [1, 1, np.nan]}), "'w' is not finite after the step"),
         (moving({"w": [1, 1, 1]}, loss=np.nan), "the loss is nan"),
-        (moving({}), "it updates none of the parameters"),
+        (moving({}), "'w' is not updated"),
     ],
 )  # fmt: skip
 def test_methods_must_take_the_same_step(step: bench.Step, words: str | None) -> None:
@@ -981,7 +992,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("--devices 4096", "must be at most"),
+        ("--devices 4096", "--compile-only simulates more"),
         ("--devices 7 3 7", "--devices contains a duplicate: [7, 3, 7]"),
         ("--train nope --sizes 2 2", "mlp: pattern 'nope'"),
         ("--sizes 8", "--sizes needs at least two widths"),
@@ -1002,6 +1013,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--model {}/mine.py:good --train head --batch 5", "no leaf of the batch"),
         ("--model {}/mine.py:nothing --train w", "mine.py has no nothing()"),
         ("--model {}/mine.py:pair --train w", "(loss_fn, params, batch)"),
+        ("--model {}/mine.py:array --train w", "the batch must be a tuple, not "),
         (
             "--model {}/mine.py:with_optax --train head --optimizer adam",
             "mine.py:with_optax returns an optimizer; omit --optimizer",
@@ -1106,6 +1118,8 @@ MODELS = """
         import optax
         return (*good(), optax.adamw(1e-3))
 
+    def array():
+        return loss, {"w": w}, x
     def pair():
         return loss, {"w": w}
     def vector():
