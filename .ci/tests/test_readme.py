@@ -230,3 +230,14 @@ def test_a_link_to_a_test_that_is_gone_is_an_error(tmp_path: Path) -> None:
     document.write_text('[test](test_a.py#L1 "test_c")')
     with pytest.raises(SystemExit, match="test_c"):
         readme.filled(document)
+
+
+def test_all_cpu_results_are_of_one_machine_and_one_commit() -> None:
+    """The README says so, because it gives the hardware only once."""
+    files = sorted((REPOSITORY / ".github").glob("bench*-cpu*.json"))
+    assert len(files) == 4
+    cards = [json.loads(file.read_text())["card"] for file in files]
+    for card in cards:
+        assert card["clean"]
+        for key in ("cpu", "commit", "date", "jax", "python", "dtype"):
+            assert card[key] == cards[0][key], key
