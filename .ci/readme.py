@@ -326,7 +326,7 @@ def matrix() -> str:
     *others, last = [name for name in names if name != "newest"]
     numbered = f"{', '.join(others)} and {last}"
     return (
-        "The module's tests, including those with other libraries, pass on JAX "
+        "The tests of the module and those with other libraries pass on JAX "
         f"{numbered}. CI also runs them every week on the latest release."
     )
 
