@@ -1042,9 +1042,8 @@ def _subprogram(
     If ``keep_effects`` is True, this includes all operations that have an effect.
     """
     given = set(inputs)
-    live = (
-        set(outputs) - given
-    )  # values that the outputs and the chosen operations need
+    # Values that the outputs and the chosen operations need.
+    live = set(outputs) - given
     operations = []
     for operation in reversed(program.operations):
         is_live = not live.isdisjoint(operation.outputs)
@@ -1066,71 +1065,41 @@ def _warn_if_useless(once_program: _Program) -> None:
     )
 
 
-class _Kind(enum.IntEnum):
-    """When a value can be computed; see ``hoist``."""
-
-    FIXED = enum.auto()
-    EARLY = enum.auto()
-    LATE = enum.auto()
-
-
-def _kind(operation: _Operation, kinds: Sequence[_Kind]) -> _Kind:
-    """Returns the kind of an operation's results.
-
-    They are as late as the latest input, or late if the operation has an effect.
-
-    Args:
-      operation: The operation.
-      kinds: The kind of every value, by id.
-    """
-    if operation.has_effect:
-        return _Kind.LATE
-    return max([kinds[value_id] for value_id in operation.inputs], default=_Kind.FIXED)
-
-
 def _values_to_keep(
     program: _Program, trainable: list[int], batch: list[int]
 ) -> list[int]:
     """Returns the ids of the values to store, in ascending order."""
-    kinds = [_Kind.FIXED] * len(program.avals)
-    for value_id in batch:
-        kinds[value_id] = _Kind.EARLY
-    for value_id in trainable:
-        kinds[value_id] = _Kind.LATE
+    # The late and the early values; see the docstring of hoist. All others are fixed.
+    late, early = set(trainable), set(batch)
     # Early values that rest needs.
     needed: set[int] = set()
     # Early values that cannot be rebuilt from others: the batch and costly results.
     cannot_rebuild = set(batch)
     # For every other early value, the early values that it is rebuilt from. (The cheap
     # fixed values that it also needs can be computed again.)
-    rebuilt_from: dict[int, list[int]] = {}
+    rebuilt_from: dict[int, set[int]] = {}
     # Fixed values that take at least one costly operation to compute.
     costly_fixed: set[int] = set()
 
     for operation in program.operations:
-        kind = _kind(operation, kinds)
-        for value_id in operation.outputs:
-            kinds[value_id] = kind
-        early_inputs = []
-        for value_id in operation.inputs:
-            if kinds[value_id] is _Kind.EARLY:
-                early_inputs.append(value_id)
+        early_inputs = early.intersection(operation.inputs)
         # Repeating an operation means repeating the fixed values that it reads, too.
         reads_costly_fixed = not costly_fixed.isdisjoint(operation.inputs)
         is_costly = operation.cost is not _Cost.CHEAP or reads_costly_fixed
-        if kind is _Kind.LATE:
+        if operation.has_effect or not late.isdisjoint(operation.inputs):
+            late.update(operation.outputs)
             needed.update(early_inputs)
-        elif kind is _Kind.EARLY and is_costly:
-            cannot_rebuild.update(operation.outputs)
-        elif kind is _Kind.EARLY:
-            for value_id in operation.outputs:
-                rebuilt_from[value_id] = early_inputs
-        elif kind is _Kind.FIXED and is_costly:
+        elif early_inputs:
+            early.update(operation.outputs)
+            if is_costly:
+                cannot_rebuild.update(operation.outputs)
+            else:
+                for value_id in operation.outputs:
+                    rebuilt_from[value_id] = early_inputs
+        elif is_costly:
             costly_fixed.update(operation.outputs)
 
-    for value_id in program.outputs:
-        if kinds[value_id] is _Kind.EARLY:
-            needed.add(value_id)
+    needed.update(early.intersection(program.outputs))
     sizes = [aval.size * aval.dtype.itemsize for aval in program.avals]
     return sorted(_minimum_cut(sorted(needed), cannot_rebuild, rebuilt_from, sizes))
 
@@ -1141,7 +1110,7 @@ _Node: TypeAlias = tuple[int, str]  # (value id, "in" or "out"), or the sink
 def _minimum_cut(
     needed: list[int],
     cannot_rebuild: set[int],
-    rebuilt_from: Mapping[int, list[int]],
+    rebuilt_from: Mapping[int, set[int]],
     sizes: Sequence[int],
 ) -> set[int]:
     """Returns the values to store so that all needed values can be rebuilt.
@@ -1580,14 +1549,12 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
     for name, column, old, new in zip(names, columns, old_leaves, new_leaves):
         limit = max(float(jnp.abs(old).max()), float(jnp.abs(new).max())) or 1.0
         state = "frozen" if name in frozen_names else "trainable"
-        images = []
         for axes, leaf, label in zip(column, (old, new), ("before", "after")):
             image = axes.imshow(
                 np.atleast_2d(leaf), aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit
             )
-            images.append(image)
             axes.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
-        figure.colorbar(images[0], ax=list(column), location="bottom")
+        figure.colorbar(image, ax=list(column), location="bottom")
 
     # Write to a temporary folder and rename, so that a failure leaves no partial image.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:

@@ -136,8 +136,8 @@ HOIST = [
     ),
     Clause(
         "an operation with an effect runs once",
-        "    if operation.has_effect:\n        return",
-        "    if operation is None:\n        return",
+        "if operation.has_effect or not late",
+        "if not late",
     ),
     Clause(
         "ties go to the earlier value",
@@ -159,8 +159,8 @@ HOIST = [
     ),
     Clause(
         "nothing is rebuilt",
-        "elif kind is _Kind.EARLY and is_costly:",
-        "elif kind is _Kind.EARLY:",
+        "            if is_costly:\n",
+        "            if True:\n",
     ),
     Clause(
         "costly results are rebuilt",
@@ -174,8 +174,8 @@ HOIST = [
     ),
     Clause(
         "outputs that only the batch makes are forgotten",
-        "    for value_id in program.outputs:\n        if kinds",
-        "    for value_id in program.inputs:\n        if kinds",
+        "early.intersection(program.outputs)",
+        "early.intersection(program.inputs)",
     ),
     Clause(
         "the flow is greedy: it is never sent back",
