@@ -24,20 +24,20 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 COMPILE_QUICKLY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 jax.config.update("jax_disable_most_optimizations", COMPILE_QUICKLY)
 
-# JAX allocates many containers that live long. With the default threshold, the garbage
+# JAX allocates many long-lived containers. With the default threshold, the garbage
 # collector scans all of them again and again.
 gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)
 def one_device_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hides from subprocesses that test_minifreeze.py asks XLA for eight devices."""
+    """Keeps the eight-device flag of test_minifreeze.py out of subprocesses."""
     monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
 
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """Compiles with XLA's usual optimisations, to compare bits, FLOPs or memory."""
+    """Compiles with XLA's usual optimizations, to compare bits, FLOPs or memory."""
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     yield

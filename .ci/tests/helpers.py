@@ -32,7 +32,10 @@ def random_mlp(sizes: Sequence[int]) -> Params:
 
 
 def named(tree: PyTree) -> dict[str, Any]:
-    """Returns every leaf by its name, for example "linear_0/w"."""
+    """Returns every leaf by its name, for example "linear_0/w".
+
+    A `Hole` is not a leaf, so a part has the names of its own leaves only.
+    """
     leaves = {}
     for path, leaf in tree_flatten_with_path(tree)[0]:
         leaves[keystr(path, simple=True, separator="/")] = leaf
@@ -59,10 +62,9 @@ def same_bits(got: PyTree, want: PyTree) -> bool:
 
 def changed(before: PyTree, after: PyTree) -> list[str]:
     """Returns the names of the leaves that differ in at least one bit."""
-    new = named(after)
-    return [
-        name for name, old in named(before).items() if not same_bits(old, new[name])
-    ]
+    old, new = named(before), named(after)
+    assert old.keys() == new.keys()
+    return [name for name in old if not same_bits(old[name], new[name])]
 
 
 def assert_close(got: PyTree, want: PyTree, tolerance: float = 1e-6) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tests of bench.py and .ci/peers.py: figures by hand, promises and past bugs."""
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bench
@@ -40,7 +42,7 @@ SMALL = ["--sizes", "8", "16", "4", "--batch", "8", "--rounds", "1"]
 # ----------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly() -> Iterator[None]:
-    """Turns off compiler optimizations, which take long and no test depends on."""
+    """Turns off compiler optimizations: they are slow, and no test here needs them."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     before = jax.config.values[name.lower()]
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +139,7 @@ def test_median_and_spread_of_a_timing() -> None:
         (6, 0, 0, True),  # 2 / 2**6 = 3.1 %
         (7, 0, 0, True),
         (6, 0, 1, False),  # 2 * (1 + 7) / 2**7 = 12.5 %
-        (6, 1, 0, False),
+        (6, 1, 0, False),  # a tie counts like a loss: 12.5 %
         (8, 0, 1, True),  # 2 * (1 + 9) / 2**9 = 3.9 %
         (14, 0, 4, True),  # 2 * (1 + 18 + 153 + 816 + 3060) / 2**18 = 3.1 %
         (13, 0, 5, False),
@@ -208,22 +210,22 @@ def test_an_interrupted_table_counts_its_finished_rounds(
     clock = FakeClock(monkeypatch)
     monkeypatch.setattr(bench, "calibrate", lambda step: 1)
 
-    def interrupted_in_call(call: int) -> dict[str, bench.Step]:
+    def interrupted_after(finished_calls: int) -> dict[str, bench.Step]:
         clock.log.clear()
         step = clock.step("a", 0.25)
 
         def fn(state: Any) -> Any:
-            if len(clock.log) == call:
+            if len(clock.log) == finished_calls:
                 raise KeyboardInterrupt
             return step.fn(state)
 
         return {"a": replace(step, fn=fn), "b": replace(step, fn=fn)}
 
     # A round has four calls: each of two steps once for the warm-up, and once timed.
-    timings = bench.time_rounds(interrupted_in_call(11), rounds=7)
+    timings = bench.time_rounds(interrupted_after(11), rounds=7)
     assert timings["a"].samples == timings["b"].samples == (0.25, 0.25)
     with pytest.raises(KeyboardInterrupt):
-        bench.time_rounds(interrupted_in_call(3), rounds=7)
+        bench.time_rounds(interrupted_after(3), rounds=7)
 
 
 def test_a_call_of_many_steps_counts_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +286,7 @@ def test_products_in_a_scan_count_for_each_of_its_steps() -> None:
     assert products(fn, jnp.ones((3, 4))) == 5 * 2 * 3 * 4 * 4
 
 
-def test_products_without_a_use_do_not_count() -> None:
+def test_unused_products_do_not_count() -> None:
     def fn(a: Any, b: Any) -> Any:
         _unused = a @ b
         return a + 1
@@ -293,7 +295,7 @@ def test_products_without_a_use_do_not_count() -> None:
     assert (bench.product_flops(jaxpr), used) == (0, [True, False])
 
 
-def test_of_the_branches_of_a_cond_the_largest_counts() -> None:
+def test_a_cond_counts_its_largest_branch() -> None:
     def fn(flag: Any, x: Any) -> Any:
         return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
 
@@ -324,6 +326,8 @@ TPU_TUPLE = (
 
 
 @pytest.mark.parametrize(
+    # Each of 4 devices sends 2 * 3/4 of the result of an all-reduce, 3/4 of that of an
+    # all-gather or all-to-all, 3 times that of a reduce-scatter, and that of a permute.
     ("hlo", "result_bytes", "sent_by_4"),
     [
         ("%a = f32[2,3]{1,0} all-reduce(f32[2,3]{1,0} %b), channel_id=1", 24, 36),
@@ -363,7 +367,7 @@ class FakeJitted:
     def compile(self) -> Any:
         return self
 
-    def trace(self, *args: Any) -> Any:  # 41 is not even: 40 FLOPs of one product
+    def trace(self, *args: Any) -> Any:  # (4, 5) @ (5, 1): 2 * 4 * 5 * 1 = 40 FLOPs
         def fn(a: Any, unused: Any) -> Any:
             return a @ jnp.ones((5, 1))
 
@@ -382,7 +386,7 @@ class FakeJitted:
 @pytest.mark.parametrize(
     ("counted", "trusted"), [(39.0, None), (40.0, 40), (43.0, 43), (None, None)]
 )
-def test_flops_of_xla_count_only_if_they_are_those_of_the_products_at_least(
+def test_xlas_flops_are_trusted_only_if_they_cover_the_products(
     counted: float | None, trusted: int | None
 ) -> None:
     step = bench.Step(FakeJitted(counted), init=lambda: jnp.ones((4, 5)), args=(1.0,))
@@ -390,7 +394,7 @@ def test_flops_of_xla_count_only_if_they_are_those_of_the_products_at_least(
     assert (stats.flops, stats.flops_min) == (trusted, 40)
 
 
-def test_memory_has_all_that_is_resident() -> None:
+def test_memory_includes_everything_resident() -> None:
     fn, unused = FakeJitted(40.0), jnp.ones(3)
     step = bench.Step(
         fn, init=lambda: jnp.ones((4, 5)), args=(unused,), written_bytes=7
@@ -401,7 +405,8 @@ def test_memory_has_all_that_is_resident() -> None:
     assert (stats.unused_bytes, stats.temp_bytes) == (12, 6)
     assert stats.bytes_min == 100 + 7
 
-    step = replace(step, features_step=replace(step, init=lambda: unused))
+    features = bench.Step(fn, init=lambda: jnp.ones(3))
+    step = replace(step, features_step=features)
     one, three = bench.compile_step(step), bench.compile_step(step, stored_batches=3)
     assert one.kept_bytes == 12
     assert one.memory_bytes is not None
@@ -421,12 +426,12 @@ def test_memory_of_hoist_includes_the_weights_that_its_step_does_not_read() -> N
     problem = bench.place(problem, jax.devices()[:1])
     stats = bench.compile_step(bench.build_step(problem, case("hoist")))
     assert stats.unused_bytes is not None
-    assert stats.unused_bytes >= 4 * 8 * 16  # of linear_0/w
+    assert stats.unused_bytes == 4 * (8 * 16 + 16)  # all of linear_0
     assert stats.memory_bytes is not None
     assert stats.memory_bytes >= 4 * (8 * 16 + 16 + 16 * 4 + 4)
 
 
-# ---------------------------------------------------------- results beside each other
+# -------------------------------------------------------------- results are compared
 def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
     everything = result("everything", *[3.0, 4.0, 5.0] * 2)
     part = result("partition", *[0.5, 2.0, 2.0] * 2)
@@ -441,7 +446,7 @@ def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
     ("ratio", "text"),
     [(1.0, "1.0x"), (1.03, "1.03x"), (9.96, "9.96x"), (12.34, "12.3x")],
 )
-def test_ratios_close_to_one_have_two_decimals(ratio: float, text: str) -> None:
+def test_ratios_have_two_or_three_digits(ratio: float, text: str) -> None:
     assert bench.times(ratio) == text
 
 
@@ -527,7 +532,14 @@ def test_the_warning_of_hoist_becomes_a_remark_and_others_are_shown(
     assert remark == "nothing to hoist"
 
 
+def test_a_hoist_that_finds_nothing_is_a_remark() -> None:
+    problem = bench.mlp("mlp", (2, 3, 2), 2, "linear_0")
+    problem = bench.place(problem, jax.devices()[:1])
+    assert bench.hoist(problem).remark == "nothing to hoist"
+
+
 def test_each_computation_of_features_waits_for_the_one_before() -> None:
+    # The features before are an argument, which XLA must not drop.
     problem = bench.place(bench.mlp("mlp", (2, 3, 2), 2, "linear_1"), jax.devices()[:1])
     step = bench.hoist(problem).features_step
     assert step is not None
@@ -558,7 +570,7 @@ def test_random_numbers_are_found_in_a_cond(drawn: bool) -> None:
     ("bytes_min", "limit_s"),
     [(90, 90 / 30), (30, 400 / 200)],  # moving 90 bytes, or 400 FLOPs
 )
-def test_limit_is_that_of_the_longer_of_products_and_bytes(
+def test_limit_is_the_longer_of_computing_and_moving_bytes(
     bytes_min: int, limit_s: float
 ) -> None:
     ours = result("partition", 4.0, flops_min=400, bytes_min=bytes_min)
@@ -575,7 +587,7 @@ def test_limit_is_given_for_all_rows_of_a_table_or_for_none() -> None:
     assert [row["limit_share"] for row in rows] == [None, None]
 
 
-def test_efficiency_is_the_pace_of_one_device_that_each_keeps() -> None:
+def test_efficiency_is_throughput_per_device_relative_to_one_device() -> None:
     def on(devices: int, seconds: float, layout: str = "replicated") -> bench.Result:
         there = case(devices=devices, layout=layout)
         return bench.Result(there, bench.CompilerStats(), bench.Timing((seconds,)))
@@ -684,6 +696,7 @@ def test_answer_prefers_devices_that_are_not_simulated() -> None:
 
     real, simulated = on(4, simulated=False), on(8, simulated=True)
     assert "of 4 devices" in bench.conclusion([real, simulated])
+    assert "of 8 devices" not in bench.conclusion([real, simulated])
     assert "of 8 devices" in bench.conclusion([simulated])
 
 
@@ -702,7 +715,11 @@ def test_answer_gives_no_verdict_inside_the_noise() -> None:
 def moving(
     changes: Mapping[str, Any], loss: float = 0.0, group: str | None = "sgd"
 ) -> bench.Step:
-    """Returns a step that moves each parameter from three zeros by these changes."""
+    """Returns a step that adds these changes to parameters of three zeros.
+
+    It is compared with the first step of its group, if it has one. Parameters that the
+    first step does not have count as frozen.
+    """
     change = {name: jnp.array(values, jnp.float32) for name, values in changes.items()}
     zeros = jax.tree.map(jnp.zeros_like, change)
     return bench.Step(lambda state: (change, loss), init=lambda: zeros, group=group)
@@ -830,7 +847,7 @@ def test_a_case_out_of_memory_says_so_and_the_others_go_on(short: None) -> None:
     assert said == [(remark, False), (None, True), (remark, False)]
 
 
-def test_a_program_that_the_compiler_refuses_is_out_of_memory_alone() -> None:
+def test_a_simulated_case_out_of_memory_does_not_blame_the_other_methods() -> None:
     error = RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU ran out of memory")
     assert bench.expected_failure(error, case(simulated=True)) == "out of memory"
 
@@ -905,7 +922,7 @@ def test_run_has_a_row_for_every_case(whole_run: Any) -> None:
     assert all(row["simulated"] and row["devices"] == 8 for row in devices)
 
 
-def test_the_run_table_is_always_of_sgd() -> None:
+def test_the_run_table_always_uses_sgd() -> None:
     options = options_of("--tables", "run", "--optimizer", "adam", "--rounds", "1")
     problem = bench.mlp("mlp", (2, 3, 2), 2, "linear_1")
     with pytest.MonkeyPatch.context() as patch:
@@ -913,6 +930,7 @@ def test_the_run_table_is_always_of_sgd() -> None:
             patch.setattr(bench, name, value)
         [(_, rows)] = bench.run_table(options, [problem])
     assert [row["label"] for row in rows] == ["loop", "scan"]
+    assert [row["optimizer"] for row in rows] == ["sgd", "sgd"]
 
 
 def test_the_peak_is_measured_in_the_dtype_of_most_parameters() -> None:
@@ -977,7 +995,7 @@ def test_a_relative_model_is_found_by_the_simulation(
 ) -> None:
     monkeypatch.chdir(models.parent)
     options = options_of("--model", "mine.py:good", "--train", "head")
-    monkeypatch.chdir(TOP)  # as the model's function may do
+    monkeypatch.chdir(TOP)  # after the parsing, as the model's function may do
     rows = bench.compile_for_8_devices(options)
     assert [row["method"] for row in rows] == ["everything", "partition"]
 
@@ -997,7 +1015,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--train nope --sizes 2 2", "mlp: pattern 'nope'"),
         ("--sizes 8", "--sizes needs at least two widths"),
         ("--sizes 8 99999999999", "below 2**31, not 99999999999"),
-        ("--rounds 0", "positive"),
+        ("--rounds 0", "must be positive"),
         ("--coordinator a:99999 --processes 2 --process 0", "must be HOST:PORT"),
         ("--coordinator a:1 --processes 2", "go together"),
         ("--json {}/no/x.json", "No such file"),
@@ -1005,7 +1023,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--json {}/x.png --plot {}/./x.png", "must not be the same file"),
         ("--plot {}/x.doc", "x.doc must end in one of: "),
         ("--plot {}/x.png --tables run", "--plot draws the methods and prefix tables"),
-        ("--model {}/none.py:make --train w", "none.py"),
+        ("--model {}/none.py:make --train w", "there is no file"),
         ("--model {}/mine.py --train w", "must be FILE.py:NAME"),
         ("--model {}/mine.py:good", "--model needs --train or --freeze"),
         ("--model {}/mine.py:good --train head --tables prefix", "freezes MLP layers"),
@@ -1020,7 +1038,7 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ),
         ("--model {}/mine.py:counts --train w", "parameter 'steps' is int32"),
         ("--model {}/mine.py:function --train w", "parameter 'act' is a"),
-        ("--model {}/mine.py:leaves --train w", "called sys.exit(no config)"),
+        ("--model {}/mine.py:exits --train w", "called sys.exit(no config)"),
         ("--model {}/mine.py:imports --train w", "uv run --with notthere bench.py"),
         (
             "--model {}/mine.py:uneven --train w",
@@ -1042,7 +1060,7 @@ def test_refusals_are_one_line_and_write_nothing(
     assert [file for file in models.parent.iterdir() if file.is_file()] == [models]
 
 
-def test_a_bug_before_the_first_table_has_its_traceback(
+def test_a_bug_before_the_first_table_prints_its_traceback(
     short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check_files(options: Any) -> None:
@@ -1089,7 +1107,7 @@ def test_options_without_effect_are_named() -> None:
     options = options_of("--tables", "prefix", "run", "--train", "linear_0")
     notes = " ".join(bench.options_without_effect(options))
     assert "--train and --freeze have no effect on the prefix table" in notes
-    assert "run table" in notes
+    assert "The run table always uses the walk-through network and SGD" in notes
 
 
 # ---------------------------------------------------------------- your own model
@@ -1102,7 +1120,7 @@ MODELS = """
 
     def dropout_loss(params, key, x):
         keep = jax.random.bernoulli(key, 0.5, x.shape)
-        return loss(params, x * keep)
+        return jnp.mean((x * keep) @ params["body"] * params["head"])
 
     def token_loss(params, tokens):
         return jnp.mean(params["table"][tokens])
@@ -1110,7 +1128,8 @@ MODELS = """
     def good():
         return loss, {"head": w, "body": w}, (x,)
     def keyed():
-        return dropout_loss, {"head": w, "body": w}, (jax.random.key(0), x)
+        params = {"head": jnp.ones(2), "body": jnp.ones((3, 2))}
+        return dropout_loss, params, (jax.random.key(0), x)
     def tokens():
         ids = np.zeros((4, 7), np.int32)
         return token_loss, {"table": jnp.ones(5), "body": w}, (ids,)
@@ -1128,7 +1147,7 @@ MODELS = """
         return loss, {"w": w, "steps": 3}, (x,)
     def function():
         return loss, {"w": w, "act": jnp.tanh}, (x,)
-    def leaves():
+    def exits():
         raise SystemExit("no config")
     def imports():
         import notthere
@@ -1180,7 +1199,22 @@ def test_a_model_is_measured(models: Path, short: None, capsys: Any) -> None:
     assert "mine: train head, batch 4" in ended.out
     (row,) = rows_in(file, method="hoist", clip=False, optimizer="sgd")
     random = "random numbers are drawn once per batch and reused in every epoch"
-    assert row["remark"] in (random, "nothing to hoist")
+    assert row["remark"] == random
+
+
+def test_a_step_of_your_optimizer_is_optaxs_own(models: Path) -> None:
+    problem = bench.place(load(models, "with_optax"), jax.devices()[:1])
+    problem = replace(problem, where="head")
+    step = bench.build_step(problem, case("partition", optimizer="optax"))
+    state, _ = step.fn(step.init(), *step.args)
+
+    head = problem.params["head"]
+    grad = jax.grad(problem.loss)(problem.params, *problem.batch)["head"]
+    optimizer = optax.adamw(1e-3)
+    updates, _ = optimizer.update(grad, optimizer.init(head), head)
+    after = step.get_params(state)["head"]
+    np.testing.assert_allclose(after, head + updates, rtol=1e-6)
+    assert not np.array_equal(after, head)
 
 
 def test_an_optax_optimizer_takes_the_step(
@@ -1206,7 +1240,7 @@ def test_an_optax_optimizer_takes_the_step(
         ("vector", "", "raised TypeError: Gradient only defined for scalar-output"),
     ],
 )
-def test_an_exception_of_your_own_code_has_its_traceback(
+def test_an_exception_of_your_own_code_prints_its_traceback(
     name: str, frame: str, words: str, models: Path, short: None, capsys: Any
 ) -> None:
     ended = Ended(capsys, "--model", f"{models}:{name}", "--train", "w")
@@ -1311,17 +1345,18 @@ def test_what_was_measured_is_written_however_the_run_ends(
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_an_interrupt_during_the_writing_does_not_stop_it(
+def test_an_interrupt_during_the_last_writing_does_not_stop_it(
     short: None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = bench.write_plot
+    real = bench.write_json
 
     def interrupted_write(report: bench.Report) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        if report.ended == "complete":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         real(report)
 
-    monkeypatch.setattr(bench, "write_plot", interrupted_write)
+    monkeypatch.setattr(bench, "write_json", interrupted_write)
     kept = tmp_path / "x.json"
     ended = Ended(capsys, *SMALL, "--tables", "prefix", "--json", kept)
     assert ended.code == 128 + signal.SIGINT
@@ -1357,13 +1392,14 @@ def test_a_signal_in_a_later_round_ends_the_run_and_keeps_the_rounds_before(
 
     def sample(step: bench.Step, calls: int) -> float:
         taken.append(step)
-        # The peaks are 10 samples, and a round of the prefix table 4.
+        # The peaks take 10 samples. A round of the prefix table takes 4: one for each
+        # of three steps, and one for hoist's features. This is in its second round.
         if len(taken) == 10 + 4 + 2:
             signal.raise_signal(signal.SIGINT)
         return real(step, calls)
 
     monkeypatch.setattr(bench, "sample", sample)
-    typed = [*SMALL[:-1], "5", "--tables", "prefix", "run", "--json", file]
+    typed = [*SMALL, "--rounds", "5", "--tables", "prefix", "run", "--json", file]
     ended = Ended(capsys, *typed)
     assert (ended.code, ended.error) == (130, "bench.py: interrupted\n")
     results = json.loads(file.read_text())
@@ -1386,9 +1422,13 @@ def test_a_second_signal_raises_unless_it_follows_at_once(
     clock.now += 2
     with pytest.raises(KeyboardInterrupt):
         report.interrupt(signal.SIGINT, None)
-    clock.now += 2
+
+
+def test_a_signal_after_the_last_table_does_not_raise() -> None:
+    report = bench.Report()
     report.ended = "complete"
     report.interrupt(signal.SIGINT, None)
+    assert report.signal == signal.SIGINT
 
 
 def start(*typed: object) -> subprocess.Popen[str]:
@@ -1408,7 +1448,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_a_run_by_their_code_and_keep_its_rows(
+def test_signals_end_a_run_with_their_exit_code_and_keep_its_rows(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     file = tmp_path / "x.json"
@@ -1449,7 +1489,7 @@ def free_port() -> int:
 
 
 def start_both(*typed: object, others: tuple[object, ...] = ()) -> Any:
-    """Starts a cluster of two processes, the second with some more options."""
+    """Starts a cluster of two processes, and passes `others` to the second only."""
     joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
     first = start(*typed, *joined, "--process", 0)
     second = start(*typed, *joined, "--process", 1, *others)
@@ -1477,7 +1517,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_with_other_options_all_refuse(tmp_path: Path) -> None:
+def test_processes_with_different_options_all_refuse(tmp_path: Path) -> None:
     both = start_both(*SMALL, others=("--optimizer", "adam"))
     ends = [process.communicate(timeout=180) for process in both]
     assert [process.returncode for process in both] == [2, 2]
@@ -1516,7 +1556,7 @@ def test_a_port_in_use_is_refused_in_one_line(short: None, capsys: Any) -> None:
         ("Invalid TPU external name: TPU v9x", "v5e:16x16, v6e:16x16"),
     ],
 )
-def test_a_topology_that_cannot_be_had(
+def test_an_unavailable_topology_is_explained(
     raised: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jax.experimental import topologies
@@ -1526,13 +1566,14 @@ def test_a_topology_that_cannot_be_had(
 
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
     for name in ("SKIP_MDS_QUERY", "ACCELERATOR_TYPE", "WORKER_HOSTNAMES"):
-        monkeypatch.setenv(f"TPU_{name}", "")  # which it sets
+        # topology_devices sets these; this restores them afterwards.
+        monkeypatch.setenv(f"TPU_{name}", "")
     with pytest.raises(ValueError, match="--topology") as error:
         bench.topology_devices("v9x:9")
     assert words in str(error.value)
 
 
-def test_a_topology_is_compiled_replicated_and_sharded(
+def test_a_topology_is_tried_replicated_and_sharded(
     short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = bench.mlp("mlp", (4, 8, 2), 4, "linear_1", abstract=True)
@@ -1544,7 +1585,7 @@ def test_a_topology_is_compiled_replicated_and_sharded(
         placed.append((devices, sharded, abstract))
         raise MemoryError
 
-    monkeypatch.setattr(bench, "place", place)
+    monkeypatch.setattr(bench, "place", place)  # its error becomes a remark
     options = options_of("--compile-only", "--topology", "v5e:2x2")
     ((title, rows),) = bench.devices_table(options, [problem])
     assert placed == [(chips, False, True)] * 2 + [(chips, True, True)] * 2
@@ -1602,6 +1643,24 @@ def test_peers_that_are_missing_are_named(
     problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"])
     options = options_of("--rounds", "1", "--peers")
     ((_, rows),) = peers["peers_table"](options, [problem])
+    others = [*peers["FORMS"], *peers["CLIPPED_FORMS"]]
+    assert [row["method"] for row in rows[4:]] == others
     for row in rows[4:]:
-        assert row["remark"].startswith("left out: ")
+        library, _, _ = row["method"].partition(",")
+        module = "flax.nnx" if library == "nnx" else library
+        assert row["remark"].startswith(f"left out: import of {module} halted")
         assert row["step_s"] is None
+
+
+@pytest.mark.slow
+def test_a_peer_that_takes_another_step_is_refused(
+    short: None, peers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_step(params: Any, grads: Any) -> Any:
+        return jax.tree.map(lambda p, g: p - 0.5 * bench.SGD_RATE * g, params, grads)
+
+    monkeypatch.setitem(peers["haiku"].__globals__, "descend", half_step)
+    problem = bench.mlp("mlp", (2, 3, 2), 2, ["linear_1"])
+    options = options_of("--rounds", "1", "--peers")
+    with pytest.raises(FloatingPointError, match="mlp, haiku: 'linear_1/b' is off by"):
+        list(peers["peers_table"](options, [problem]))
