@@ -58,6 +58,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
@@ -166,7 +167,8 @@ class Timing:
 
         This is the sign test. If both take equally long, each is the faster one in a
         round with probability 1/2. Comparing within a round cancels slowdowns of the
-        machine, which affect both. Returns None for fewer than MIN_ROUNDS.
+        machine, which affect both. The medians must agree, because they are what the
+        tables show. Returns None for fewer than MIN_ROUNDS.
         """
         rounds = len(self.samples)
         if rounds < MIN_ROUNDS:
@@ -175,7 +177,9 @@ class Timing:
         slower = sum(np.greater(self.samples, other.samples))
         exceptions = rounds - max(faster, slower)
         outcomes = sum(math.comb(rounds, count) for count in range(exceptions + 1))
-        return bool(2 * outcomes / 2**rounds <= SIGNIFICANCE)
+        is_significant = 2 * outcomes / 2**rounds <= SIGNIFICANCE
+        medians_agree = (self.median - other.median) * (slower - faster) > 0
+        return bool(is_significant and medians_agree)
 
 
 @dataclass(frozen=True)
@@ -347,7 +351,8 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
         if not jnp.isfinite(loss).all():
             raise FloatingPointError(f"{full_name(case)}: the loss is {loss}")
         for path, leaf in after.items():
-            if not np.isfinite(np.float32(leaf)).all():
+            # A frozen mask may contain -inf from the start.
+            if is_finite(before[path]) and not is_finite(leaf):
                 message = f"{leaf_name(path)!r} is not finite after the step"
                 raise FloatingPointError(f"{full_name(case)}: {message}")
         if step.group is None:
@@ -364,7 +369,10 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
             message = f"{full_name(case)}: {mismatch}"
             message += f" (reference: {full_name(reference)})"
             if case.devices != reference.devices:
-                message += "; the loss must be a mean over the rows of the batch"
+                message += (
+                    "; the loss must be a mean over the rows of the batch, and it must "
+                    "not draw random numbers whose shape depends on the number of rows"
+                )
             raise FloatingPointError(message)
 
 
@@ -721,6 +729,10 @@ def draws_random_numbers(jaxpr: Any) -> bool:
         if any(draws_random_numbers(inner) for inner in inner_jaxprs(eqn)):
             return True
     return False
+
+
+def is_finite(array: Any) -> bool:
+    return bool(np.isfinite(np.float32(array)).all())
 
 
 def find_mismatch(
@@ -1273,7 +1285,8 @@ def compile_for_8_devices(options: Namespace) -> list[Row]:
         )
         if process.returncode != 0:
             _, _, last_line = process.stderr.strip().rpartition("\n")
-            raise RuntimeError(f"the simulation of 8 devices failed: {last_line}")
+            message = f"the simulation of 8 devices failed: {last_line}"
+            raise ChildProcessError(message)
         rows: list[Row] = json.loads(file.read_text("utf-8"))["rows"]
     return rows
 
@@ -1356,12 +1369,11 @@ def load_model(options: Namespace) -> Problem:
     if not Path(file).is_file():
         raise ValueError(f"--model: there is no file {file}")
     with errors_of(options.model):
-        sys.path.insert(0, str(Path(file).parent.resolve()))
-        module = runpy.run_path(file)
-    if name not in module:
+        module = import_file(file)
+    if not hasattr(module, name):
         raise ValueError(f"{file} has no {name}()")
     with errors_of(options.model):
-        returned = module[name]()
+        returned = getattr(module, name)()
     if not isinstance(returned, tuple) or len(returned) not in (3, 4):
         expected = "(loss_fn, params, batch) or (loss_fn, params, batch, optimizer)"
         raise ValueError(f"{options.model} must return {expected}")
@@ -1383,6 +1395,9 @@ def load_model(options: Namespace) -> Problem:
         jax.eval_shape(jax.grad(loss), params, *batch)
     rows, tokens = count_rows(batch, options.batch)
     optimizer = returned[3] if len(returned) == 4 else None
+    if optimizer is not None and not hasattr(optimizer, "update"):
+        kind = type(optimizer).__name__
+        raise ValueError(f"{options.model}: {kind} is not an optax optimizer")
     if optimizer is not None and options.optimizer != "sgd":
         raise ValueError(f"{options.model} returns an optimizer; omit --optimizer")
     return Problem(
@@ -1395,6 +1410,17 @@ def load_model(options: Namespace) -> Problem:
         tokens=tokens,
         optimizer=optimizer,
     )
+
+
+def import_file(file: str) -> ModuleType:
+    """Imports a file, which stays in sys.modules: its dataclasses need that."""
+    sys.path.insert(0, str(Path(file).parent.resolve()))
+    module = ModuleType("benchmarked_model")
+    module.__file__ = file
+    sys.modules[module.__name__] = module
+    code = compile(Path(file).read_text("utf-8"), file, "exec")
+    exec(code, vars(module))
+    return module
 
 
 @contextmanager
@@ -1415,14 +1441,19 @@ def errors_of(model: str) -> Iterator[None]:
 
 
 def arrays_of(kind: str, tree: Tree) -> Tree:
-    """Converts each leaf to a JAX array; raises ValueError if one is not an array."""
+    """Converts each leaf to a JAX array; raises ValueError if one is not an array.
+
+    Python numbers become arrays without a weak type, which they would lose when they
+    are copied.
+    """
 
     def as_array(path: Any, leaf: Any) -> jax.Array:
         try:
-            return jnp.asarray(leaf)
-        except TypeError as error:
-            message = f"{kind} {leaf_name(path)!r} is a {type(leaf).__name__}"
-            raise ValueError(f"{message}, not an array") from error
+            array = jnp.asarray(leaf)
+        except (TypeError, ValueError, OverflowError) as error:
+            message = f"{kind} {leaf_name(path)!r} is of type {type(leaf).__name__}"
+            raise ValueError(f"{message}, not an array: {error}") from error
+        return jnp.asarray(array, array.dtype)
 
     return jax.tree_util.tree_map_with_path(as_array, tree)
 
@@ -1763,8 +1794,10 @@ class Report:
         """Stores, writes and prints a table."""
         add_limits(rows, self.machine)
         self.tables.append((title, rows))
-        write_json(self)
-        print_now(table_text(title, rows))
+        try:
+            write_json(self)
+        finally:
+            print_now(table_text(title, rows))
         self.stop_if_interrupted()
 
     def interrupt(self, number: int, frame: object) -> None:
@@ -1800,15 +1833,12 @@ def finish(report: Report) -> NoReturn:
 
     The exit code is 0, 1, 2, or 128 plus the signal number.
     """
-    try:
-        if report.tables and jax.process_index() == 0:
-            write_json(report)
-            write_plot(report)
-            text = conclusion([rows for _, rows in report.tables])
-            if text:
-                print_now(f"\n{text}")
-    except OSError as error:
-        report.fail(error)
+    if report.tables and jax.process_index() == 0:
+        for action in (write_json, write_plot, print_conclusion):
+            try:
+                action(report)
+            except OSError as error:
+                report.fail(error)
 
     code, message = report.code, report.ended.partition("\n")[0]
     if report.signal is not None:
@@ -1821,6 +1851,12 @@ def finish(report: Report) -> NoReturn:
     if code in (0, 2):
         sys.exit(code)
     os._exit(code)  # a normal exit may hang in JAX's distributed shutdown
+
+
+def print_conclusion(report: Report) -> None:
+    text = conclusion([rows for _, rows in report.tables])
+    if text:
+        print_now(f"\n{text}")
 
 
 def write_json(report: Report) -> None:
@@ -2131,7 +2167,7 @@ def speedup_text(row: Row) -> str:
 def times(ratio: float) -> str:
     if 1 < ratio < 1.095:
         return f"{ratio:.2f}x"
-    return f"{ratio:.1f}x" if ratio < 9.95 else f"{three_digits(ratio)}x"
+    return f"{ratio:.1f}x" if ratio < 99.95 else f"{ratio:.0f}x"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -2209,6 +2245,7 @@ def describe(problem: Problem) -> str:
     text += f", batch {problem.batch_rows}"
     if problem.tokens is not None:
         text += f" x {problem.tokens} tokens"
+    text = textwrap.fill(text, WIDTH)
     if not problem.sizes:
         trainable, frozen = mf.partition(problem.where, problem.params)
         text += f"\n\n{mf.summary(trainable=trainable, frozen=frozen)}\n"

@@ -155,6 +155,14 @@ def test_timings_differ_according_to_the_sign_test(
     assert other.differs(timing) is differs
 
 
+def test_timings_do_not_differ_if_the_medians_disagree_with_the_rounds() -> None:
+    mine = (0.5, 0.5, 0.5, 0.5, 9, 9, 9, 9, 9)  # faster in 8 of 9 rounds
+    theirs = (1, 1, 1, 1, 2, 10, 10, 10, 10)
+    assert bench.Timing(mine).differs(bench.Timing(theirs)) is False
+    equal_medians = (1, 1, 1, 1, 9, 10, 10, 10, 10)
+    assert bench.Timing(mine).differs(bench.Timing(equal_medians)) is False
+
+
 def test_calibration_ends_at_the_first_number_of_calls_that_lasts_long_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -444,7 +452,7 @@ def test_speedup_is_the_ratio_of_the_medians_that_are_printed() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "text"),
-    [(1.0, "1.0x"), (1.03, "1.03x"), (9.96, "9.96x"), (12.34, "12.3x")],
+    [(1.0, "1.0x"), (1.03, "1.03x"), (9.96, "10.0x"), (123.4, "123x")],
 )
 def test_ratios_have_two_or_three_digits(ratio: float, text: str) -> None:
     assert bench.times(ratio) == text
@@ -772,6 +780,22 @@ def test_a_frozen_parameter_must_not_change_by_one_bit() -> None:
         )
 
 
+def test_a_frozen_mask_may_contain_infinities() -> None:
+    mask = jnp.array([0, -jnp.inf])
+
+    def step(after: Any) -> bench.Step:
+        return bench.Step(
+            lambda state: ({"w": jnp.ones(3), "mask": after}, 0.0),
+            init=lambda: {"w": jnp.zeros(3), "mask": mask},
+            group="sgd",
+        )
+
+    trains = moving({"w": [1, 1, 1]})  # without the mask
+    bench.check_same_step({case("partition"): trains, case("hoist"): step(mask)})
+    with pytest.raises(FloatingPointError, match="'mask' is frozen, but it changed"):
+        bench.check_same_step({case("partition"): trains, case("hoist"): step(-mask)})
+
+
 def test_a_step_that_changes_nothing_is_found_in_bfloat16_too() -> None:
     ones = jnp.ones(3, jnp.bfloat16)  # an update of one ulp is below the tolerance
     one_ulp_more = ones.at[1].set(jnp.bfloat16(1.0078125))
@@ -974,6 +998,13 @@ def test_run_prints_narrow_tables_and_ends_with_the_answer(whole_run: Any) -> No
     assert "sends" in conclusion
 
 
+def test_a_long_title_is_wrapped() -> None:
+    problem = bench.mlp("mlp", tuple(range(10, 60)), 2, "linear_0", abstract=True)
+    lines = bench.describe(problem).splitlines()
+    assert len(lines) > 1
+    assert max(len(line) for line in lines) <= 100
+
+
 @pytest.mark.slow
 def test_run_draws_a_picture(whole_run: Any) -> None:
     assert whole_run[1].read_bytes().startswith(b"\x89PNG")
@@ -1033,11 +1064,16 @@ def test_nothing_simulated_is_sharded_for_cpus(whole_run: Any) -> None:
         ("--model {}/mine.py:pair --train w", "(loss_fn, params, batch)"),
         ("--model {}/mine.py:array --train w", "the batch must be a tuple, not "),
         (
+            "--model {}/mine.py:large --train w",
+            "batch '1' is of type int, not an array",
+        ),
+        ("--model {}/mine.py:no_optimizer --train w", "str is not an optax optimizer"),
+        (
             "--model {}/mine.py:with_optax --train head --optimizer adam",
             "mine.py:with_optax returns an optimizer; omit --optimizer",
         ),
         ("--model {}/mine.py:counts --train w", "parameter 'steps' is int32"),
-        ("--model {}/mine.py:function --train w", "parameter 'act' is a"),
+        ("--model {}/mine.py:function --train w", "parameter 'act' is of type"),
         ("--model {}/mine.py:exits --train w", "called sys.exit(no config)"),
         ("--model {}/mine.py:imports --train w", "uv run --with notthere bench.py"),
         (
@@ -1112,6 +1148,8 @@ def test_options_without_effect_are_named() -> None:
 
 # ---------------------------------------------------------------- your own model
 MODELS = """
+    from __future__ import annotations
+    import dataclasses
     import jax, jax.numpy as jnp, numpy as np
     w, x = jnp.ones(3), jnp.ones((4, 3))
 
@@ -1137,6 +1175,19 @@ MODELS = """
         import optax
         return (*good(), optax.adamw(1e-3))
 
+    def scalars():
+        def loss(params, x):
+            return jnp.mean((x @ params["body"]) * params["head"] + params["bias"])
+        return loss, {"head": 2.0, "bias": 0.5, "body": jnp.ones((3, 2))}, (x,)
+    def local_dataclass():
+        @dataclasses.dataclass
+        class Config:
+            width: int
+        return loss, {"head": jnp.ones(Config(3).width), "body": w}, (x,)
+    def large():
+        return loss, {"w": w}, (x, 2**40)
+    def no_optimizer():
+        return (*good(), "adam")
     def array():
         return loss, {"w": w}, x
     def pair():
@@ -1200,6 +1251,16 @@ def test_a_model_is_measured(models: Path, short: None, capsys: Any) -> None:
     (row,) = rows_in(file, method="hoist", clip=False, optimizer="sgd")
     random = "random numbers are drawn once per batch and reused in every epoch"
     assert row["remark"] == random
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("scalars", "head"), ("local_dataclass", "head")]
+)
+def test_an_unusual_model_is_measured(
+    name: str, head: str, models: Path, short: None, capsys: Any
+) -> None:
+    ended = Ended(capsys, "--model", f"{models}:{name}", "--train", head, "--rounds", 1)
+    assert (ended.code, ended.error) == (0, "")
 
 
 def test_a_step_of_your_optimizer_is_optaxs_own(models: Path) -> None:
@@ -1293,6 +1354,7 @@ def test_a_full_disk_is_named_and_ends_with_code_1(
     monkeypatch.setattr(bench, "write_json", fail)
     ended = Ended(capsys, *SMALL, "--tables", "prefix", "--json", tmp_path / "x.json")
     assert ended.code == 1
+    assert "hoist, 1 frozen" in ended.out  # the table is printed all the same
     assert ended.error == "bench.py: error: No space left on device\n"
 
 
