@@ -15,8 +15,8 @@ the timing, the main table and main(). Below the banner: optimizers, compiler
 statistics, several devices, the other tables, loading your own model, options and
 output.
 
-The hoist method computes whatever depends only on the frozen parameters and the batch
-once per batch, and stores it. The stored values are called features.
+Once per batch, the hoist method computes and stores whatever depends only on the frozen
+parameters and that batch. The stored values are called features.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
 Key = TypeVar("Key", bound=Hashable)
 
 ROUNDS = 7  # samples per case, by default
-SIGNIFICANCE = 0.05  # of a difference between two cases
+SIGNIFICANCE = 0.05  # the level at which two cases are called different
 MIN_ROUNDS = 6  # fewer can never show a difference
 SAMPLE_S = 0.05  # shortest sample; most last up to twice this
 MAX_CALLS = 10_000  # per sample
@@ -163,23 +163,24 @@ class Timing:
         return float(np.median(np.abs(np.subtract(self.samples, self.median))))
 
     def differs(self, other: Timing) -> bool | None:
-        """Returns whether one of the two was faster in significantly many rounds.
+        """Returns whether one of the two won significantly more rounds than the other.
 
-        This is the sign test. If both take equally long, each is the faster one in a
-        round with probability 1/2. Comparing within a round cancels slowdowns of the
-        machine, which affect both. The medians must agree, because they are what the
-        tables show. Returns None for fewer than MIN_ROUNDS.
+        This is the sign test: if both are equally fast, each wins a round with
+        probability 1/2. Comparing within a round cancels slowdowns that affect both.
+        The medians must agree, because they are what the tables show. Returns None for
+        fewer than MIN_ROUNDS.
         """
         rounds = len(self.samples)
         if rounds < MIN_ROUNDS:
             return None
         faster = sum(np.less(self.samples, other.samples))
         slower = sum(np.greater(self.samples, other.samples))
+        # The probability of so few exceptions, in either direction, by chance.
         exceptions = rounds - max(faster, slower)
-        outcomes = sum(math.comb(rounds, count) for count in range(exceptions + 1))
-        is_significant = 2 * outcomes / 2**rounds <= SIGNIFICANCE
+        ways = sum(math.comb(rounds, count) for count in range(exceptions + 1))
+        p_value = 2 * ways / 2**rounds
         medians_agree = (self.median - other.median) * (slower - faster) > 0
-        return bool(is_significant and medians_agree)
+        return bool(p_value <= SIGNIFICANCE and medians_agree)
 
 
 @dataclass(frozen=True)
@@ -246,14 +247,14 @@ def hoist(problem: Problem) -> Gradients:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         once, rest = mf.hoist(merged_loss(problem), trainable, *args)
-    fn = jax.value_and_grad(rest)
     features = jax.jit(once)(*args)
+    has_random_features = draws_random_numbers(jax.make_jaxpr(once)(*args).jaxpr)
     return Gradients(
-        fn,
+        jax.value_and_grad(rest),
         trainable,
         (frozen, features),
         features_step=build_features_step(once, args, features),
-        remark=hoist_remark(caught, jax.make_jaxpr(once)(*args)),
+        remark=hoist_remark(caught, has_random_features),
     )
 
 
@@ -314,7 +315,8 @@ def build_step(problem: Problem, case: Case) -> Step:
     def get_params(state: Tree) -> Tree:
         params, _ = state
         if case.method == "everything":
-            # Unlike the other methods, this one also updates the frozen leaves.
+            # Drop the frozen leaves, which this method alone updates, so that they
+            # are not compared.
             params, _ = mf.partition(problem.where, params)
         return params
 
@@ -362,7 +364,8 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
             continue
 
         reference, expected = references[step.group]
-        if case.frozen_layers:  # the reference trains all layers
+        if case.frozen_layers:
+            # The reference trains all layers. Do not expect updates of the frozen ones.
             expected = {path: expected[path] for path in after if path in expected}
         mismatch = find_mismatch(before, after, expected)
         if mismatch is not None:
@@ -371,7 +374,7 @@ def check_same_step(steps: Mapping[Case, Step]) -> None:
             if case.devices != reference.devices:
                 message += (
                     "; the loss must be a mean over the rows of the batch, and it must "
-                    "not draw random numbers whose shape depends on the number of rows"
+                    "not draw random arrays whose shape depends on the number of rows"
                 )
             raise FloatingPointError(message)
 
@@ -436,7 +439,8 @@ def time_rounds(steps: Mapping[Key, Step], rounds: int = ROUNDS) -> dict[Key, Ti
     except KeyboardInterrupt:
         if not finished:
             raise
-        # Otherwise Report.add() ends the run, after it has stored this table.
+        # Otherwise keep them. Report.interrupt() has recorded the signal, and
+        # Report.add() ends the run once this table is stored.
 
     timings = {}
     for key in keys:
@@ -706,11 +710,11 @@ def build_features_step(once: Function, args: tuple[Tree, ...], features: Tree) 
 
 
 def hoist_remark(
-    caught: Sequence[warnings.WarningMessage], once_jaxpr: Any
+    caught: Sequence[warnings.WarningMessage], has_random_features: bool
 ) -> str | None:
     """Returns a remark on the features; re-issues warnings that your model raised."""
     remark = None
-    if draws_random_numbers(once_jaxpr.jaxpr):
+    if has_random_features:
         remark = "random numbers are drawn once per batch and reused in every epoch"
     for warning in caught:
         if str(warning.message).startswith("hoist found nothing"):
@@ -732,7 +736,11 @@ def draws_random_numbers(jaxpr: Any) -> bool:
 
 
 def is_finite(array: Any) -> bool:
-    return bool(np.isfinite(np.float32(array)).all())
+    return bool(np.isfinite(as_float32(array)).all())
+
+
+def as_float32(array: Any) -> Any:
+    return np.asarray(array).astype(np.float32)
 
 
 def find_mismatch(
@@ -753,9 +761,9 @@ def find_mismatch(
         if mismatch is not None:
             return f"{leaf_name(path)!r} {mismatch}"
         if path in expected:
-            start = np.float32(before[path])
-            update = np.float32(leaf) - start
-            expected_update = np.float32(expected[path]) - start
+            start = as_float32(before[path])
+            update = as_float32(leaf) - start
+            expected_update = as_float32(expected[path]) - start
             dot_product += float(np.vdot(update, expected_update))
             squared_length += float(np.vdot(expected_update, expected_update))
     # Their ratio is the fraction of the expected update that was made.
@@ -774,8 +782,11 @@ def deviation(before: Any, got: Any, expected: Any) -> str | None:
     finfo: Any = jnp.finfo  # it has no type annotations
     eps = float(finfo(got.dtype).eps)
     if expected is None:
-        return None if np.array_equal(before, got) else "is frozen, but it changed"
-    before, got, expected = np.float32(before), np.float32(got), np.float32(expected)
+        is_same = before.tobytes() == got.tobytes()
+        return None if is_same else "is frozen, but it changed"
+    if not is_finite(before):
+        return "is not finite before the step"
+    before, got, expected = as_float32(before), as_float32(got), as_float32(expected)
     error = np.abs(got - expected).max(initial=0)
     largest_change = np.abs(expected - before).max(initial=0)
     largest_value = np.abs(before).max(initial=0)
@@ -813,7 +824,7 @@ def expected_failure(error: Exception, case: Case) -> str | None:
     is_peer = case.method not in METHODS
     if is_peer and isinstance(error, ImportError):  # its library is missing
         return f"left out: {error}"
-    # In a cluster, the other processes would wait for this one forever.
+    # Skip no case in a cluster: the other processes would wait for this one forever.
     out_of_memory = r"MemoryError|RESOURCE_EXHAUSTED|out.of.memory"
     if jax.process_count() > 1 or not re.search(out_of_memory, repr(error), re.I):
         return None
@@ -899,8 +910,8 @@ def compile_step(
             unused_bytes=tree_bytes(unread),
         )
 
-    # XLA does not count library calls, and counts a loop body only once. Discard its
-    # count if it is below that of the products alone.
+    # XLA does not count the FLOPs of library calls, and those of a loop body only once.
+    # Discard its count if it is below that of the products alone.
     costs = compiled.cost_analysis() or {}
     if "flops" in costs and costs["flops"] >= (stats.flops_min or 0):
         stats = replace(stats, flops=int(costs["flops"]))
@@ -1031,7 +1042,7 @@ def collective_bytes(hlo: str, devices: int) -> tuple[int, int]:
         if operation is None:
             continue
         # An asynchronous collective appears as all-reduce-start and all-reduce-done.
-        # Count only -done, whose result is that of the synchronous operation.
+        # Skip -start. Count -done, whose result is that of the synchronous operation.
         name = operation["name"].removesuffix("-done")
         if name not in sent_per_byte:
             continue
@@ -1093,13 +1104,11 @@ def put_params(tree: Tree, mesh: Mesh, sharded: bool) -> Tree:
     """Puts parameters, or moments of them, on the devices of a mesh."""
 
     def put_param(leaf: Any) -> Any:
-        axes: list[str | None] = []
-        if sharded:
-            for size in leaf.shape:
-                if size and size % mesh.size == 0:
-                    return put(leaf, NamedSharding(mesh, PartitionSpec(*axes, "data")))
-                axes.append(None)
-        return put(leaf, NamedSharding(mesh, PartitionSpec()))
+        divisible = [i for i, n in enumerate(leaf.shape) if n and n % mesh.size == 0]
+        if not (sharded and divisible):
+            return put(leaf, NamedSharding(mesh, PartitionSpec()))
+        axes_before = [None] * divisible[0]
+        return put(leaf, NamedSharding(mesh, PartitionSpec(*axes_before, "data")))
 
     return jax.tree.map(put_param, tree)
 
@@ -1118,10 +1127,12 @@ def new_state(problem: Problem, optimizer: Optimizer, params: Tree) -> Tree:
     """
     assert problem.mesh is not None, "place() comes first"
 
-    def copy(params: Tree) -> Tree:
-        return jax.tree.map(jnp.copy, params), optimizer.init(params)
+    def create(params: Tree) -> Tree:
+        # Some optimizers store the parameters themselves, so copy the moments, too:
+        # a step that donates its state must not delete the problem's arrays.
+        return jax.tree.map(jnp.copy, (params, optimizer.init(params)))
 
-    state = jax.eval_shape(copy, params) if is_abstract(params) else copy(params)
+    state = jax.eval_shape(create, params) if is_abstract(params) else create(params)
     return put_params(state, problem.mesh, problem.sharded)
 
 
@@ -1136,8 +1147,8 @@ def bytes_to_write(
 ) -> tuple[int, int]:
     """Returns the bytes of the trainable parameters, without and with their moments.
 
-    A step must write at least these. Some methods' states also include frozen
-    parameters.
+    A step must write at least these. The state of some methods also contains frozen
+    parameters, which need not be written.
     """
     trainable = problem.params
     if case.method != "everything":
@@ -1346,7 +1357,8 @@ def run_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
 
 def peers_table(options: Namespace, problems: Sequence[Problem]) -> Tables:
     """The same step in other libraries."""
-    # peers.py imports bench. That must be this module, even if it runs as __main__.
+    # peers.py imports bench. Without this alias, a script would load a second copy of
+    # itself, whose Case and Step are different classes.
     sys.modules["bench"] = sys.modules[__name__]
     peers = runpy.run_path(str(PEERS))
     yield from peers["peers_table"](options, problems)
@@ -1413,7 +1425,7 @@ def load_model(options: Namespace) -> Problem:
 
 
 def import_file(file: str) -> ModuleType:
-    """Imports a file, which stays in sys.modules: its dataclasses need that."""
+    """Imports a file and keeps it in sys.modules, where dataclasses look it up."""
     sys.path.insert(0, str(Path(file).parent.resolve()))
     module = ModuleType("benchmarked_model")
     module.__file__ = file
@@ -1443,8 +1455,8 @@ def errors_of(model: str) -> Iterator[None]:
 def arrays_of(kind: str, tree: Tree) -> Tree:
     """Converts each leaf to a JAX array; raises ValueError if one is not an array.
 
-    Python numbers become arrays without a weak type, which they would lose when they
-    are copied.
+    Python numbers become arrays with a strong dtype. A weak type would be lost when the
+    array is copied.
     """
 
     def as_array(path: Any, leaf: Any) -> jax.Array:
@@ -1453,13 +1465,13 @@ def arrays_of(kind: str, tree: Tree) -> Tree:
         except (TypeError, ValueError, OverflowError) as error:
             message = f"{kind} {leaf_name(path)!r} is of type {type(leaf).__name__}"
             raise ValueError(f"{message}, not an array: {error}") from error
-        return jnp.asarray(array, array.dtype)
+        return jnp.asarray(array, array.dtype)  # which removes a weak type
 
     return jax.tree_util.tree_map_with_path(as_array, tree)
 
 
 def count_rows(batch: Tree, given: int | None) -> tuple[int, int | None]:
-    """Finds the number of rows: the length that all data leaves' first axes share.
+    """Finds the number of rows: the common length of the data leaves' first axes.
 
     Returns:
         The rows, and the tokens per row if all data are token ids (rows, length).
@@ -1510,7 +1522,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     train_help, freeze_help = "train these leaves", "freeze these leaves"
     selection.add_argument("--train", nargs="+", metavar="PATTERN", help=train_help)
     selection.add_argument("--freeze", nargs="+", metavar="PATTERN", help=freeze_help)
-    optimizer_help = "unless the model returns one (default: sgd)"
+    optimizer_help = "for models that do not return one (default: sgd)"
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help=optimizer_help)
     dtype_help = "dtype of the built-in MLPs (default: float32)"
     dtypes = ("float32", "bfloat16")
@@ -1673,9 +1685,9 @@ def check_devices(options: Namespace) -> None:
     available, processes = len(usable_devices(options)), jax.process_count()
     for count in options.devices or []:
         if count > available or count % processes:
-            message = f"--devices {count}: only {available} can be used here"
+            message = f"--devices {count}: {available} can be used here"
             if processes > 1:
-                message += f", and the same number in each of {processes} processes"
+                message += f", in multiples of the {processes} processes"
             raise ValueError(f"{message}; --compile-only simulates more")
 
 
@@ -1683,6 +1695,8 @@ def check_files(options: Namespace) -> None:
     """Raises an error early if an output file cannot be written."""
     for file in (options.json, options.plot):
         if file is not None:
+            if not file.parent.is_dir():
+                raise ValueError(f"{file}: there is no such directory")
             TemporaryDirectory(dir=file.parent).cleanup()
     if options.plot is not None:
         try:
@@ -1735,8 +1749,8 @@ def join_cluster(options: Namespace) -> None:
         options.process,
         initialization_timeout=60,
     )
-    # JAX has replaced the SIGTERM handler in C. Python still remembers ours, and
-    # installs it when it is set again.
+    # JAX has replaced our SIGTERM handler in C. Python still has it on record, so set
+    # it again to reinstall it.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1837,7 +1851,7 @@ def finish(report: Report) -> NoReturn:
         for action in (write_json, write_plot, print_conclusion):
             try:
                 action(report)
-            except OSError as error:
+            except Exception as error:
                 report.fail(error)
 
     code, message = report.code, report.ended.partition("\n")[0]
@@ -2046,6 +2060,7 @@ def saves_no_work(hoisted: Result, partitioned: Result | None) -> bool:
         return False
     if mine.flops_min is None or theirs.flops_min is None:
         return False
+    # The latter also count elementwise operations, of which a few do not matter.
     return mine.flops_min >= theirs.flops_min and mine.flops >= 0.99 * theirs.flops
 
 
@@ -2124,7 +2139,7 @@ def table_text(title: str, rows: Sequence[Row]) -> str:
 
 
 def time_column(rows: Sequence[Row]) -> Column:
-    """Formats medians with three digits, and spreads with the same decimals."""
+    """Formats medians with three digits, and spreads with as many decimal places."""
     scale, prefix = si_prefix([row["step_s"] for row in rows])
     cells = []
     for row in rows:
@@ -2278,18 +2293,18 @@ def legend(options: Namespace) -> str:
     lines = []
     if not options.compile_only:
         lines.append(
-            "Before timing, the update of each method is checked against that of the "
-            "first one with the same clipping. The check always uses SGD. Times are "
+            "Before timing, each method's update is checked against that of the first "
+            "method with the same clipping. The check always uses SGD. Times are "
             "median ± median absolute deviation. Speed-ups are relative to the "
-            f'"everything" row; "{NO_DIFFERENCE}" means that neither was faster in '
-            f"significantly many rounds (sign test, {SIGNIFICANCE:.0%} level). Limit "
-            "is the shortest possible step time as a share of the measured time. The "
-            "shortest possible time is the larger of two estimates at measured peak "
-            "rates: the time for the matrix products, and the time for reading all "
-            "arguments and writing the trainable parameters and their optimizer state. "
-            "A step can be faster than that if data stays in a cache, if it reads only "
-            "part of an argument, such as an embedding table, or if it computes in a "
-            "smaller dtype than that of the parameters."
+            f'"everything" row; "{NO_DIFFERENCE}" means that neither won '
+            f"significantly more rounds (sign test, {SIGNIFICANCE:.0%} level). Limit "
+            "is an estimated lower bound on the step time, as a share of the measured "
+            "time. It is the larger of two times at measured peak rates: the time for "
+            "the matrix products, and the time for reading all arguments and writing "
+            "the trainable parameters and their optimizer state. A step can beat it if "
+            "data stays in a cache, if it reads only part of an argument, such as an "
+            "embedding table, or if it computes in a smaller dtype than that of the "
+            "parameters."
         )
     lines.append(
         "Memory is per device, according to the compiler: parameters, optimizer state, "
@@ -2389,8 +2404,8 @@ def conclude_hoist(row: Row, partition_row: Row | None) -> str:
     # If it takes 1.2 epochs to break even, hoist gains from the second epoch on.
     first_gain = math.floor(row["break_even"]) + 1
     return (
-        f"If batches repeat, each step of hoist is {times(ratio)} faster than one of "
-        f"partition; computing the features up front pays off from epoch {first_gain} "
+        f"If batches repeat, a hoist step is {times(ratio)} faster than a partition "
+        f"step; computing the features up front pays off from epoch {first_gain} "
         f"on, and storing them takes {quantity(row['kept_bytes'], 'B')} per batch."
     )
 
