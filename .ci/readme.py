@@ -326,7 +326,8 @@ def matrix() -> str:
     *others, last = [name for name in names if name != "newest"]
     numbered = f"{', '.join(others)} and {last}"
     return (
-        "The module's own tests and the tests against other libraries pass on JAX "
+        "The module's own tests, and the tests that use it with other libraries, pass "
+        "on JAX "
         f"{numbered}. CI also runs them every week on the latest release."
     )
 
