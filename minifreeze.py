@@ -1549,12 +1549,14 @@ def _plot(file: Path, before: Params, after: Params, frozen: PyTree) -> None:
     for name, column, old, new in zip(names, columns, old_leaves, new_leaves):
         limit = max(float(jnp.abs(old).max()), float(jnp.abs(new).max())) or 1.0
         state = "frozen" if name in frozen_names else "trainable"
+        images = []
         for axes, leaf, label in zip(column, (old, new), ("before", "after")):
             image = axes.imshow(
                 np.atleast_2d(leaf), aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit
             )
+            images.append(image)
             axes.set(title=f"{name}\n{state}", xlabel=label, yticks=[])
-        figure.colorbar(image, ax=list(column), location="bottom")
+        figure.colorbar(images[0], ax=list(column), location="bottom")
 
     # Write to a temporary folder and rename, so that a failure leaves no partial image.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
