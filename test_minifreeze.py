@@ -721,6 +721,7 @@ def test_partition_lists_the_ten_nearest_names_of_a_typo() -> None:
     listed = re.findall(r"block_[\w/]*", str(caught.value))
     assert len(listed) == 10
     assert listed[0] == "block_7/attention/w"
+    assert "in all" not in str(caught.value)
 
 
 def test_partition_rejects_a_predicate_that_returns_a_tracer() -> None:
@@ -3972,6 +3973,13 @@ def test_train_step_moves_the_trainable_leaves_by_their_gradient(where: str) -> 
     )
     assert_close(after, want, 1e-5)
     assert changed(PARAMS, merge(after, frozen)) == leaf_names(trainable)
+
+
+def test_train_step_has_a_learning_rate_of_a_tenth_by_default() -> None:
+    trainable, frozen = partition("linear_2", PARAMS)
+    after, _ = train_step(trainable, frozen, INPUTS, LABELS)
+    want, _ = train_step(trainable, frozen, INPUTS, LABELS, 0.1)
+    assert_identical(after, want)
 
 
 def test_train_step_of_nothing_trainable() -> None:
