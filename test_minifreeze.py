@@ -388,6 +388,20 @@ def selects(selection: set[Any]) -> Callable[[Any, Any], bool]:
 # --------------------------------------------------------------------------------- Hole
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Empty:
+    """A container without children, like a hole."""
+
+
+def test_an_empty_container_is_no_hole() -> None:
+    tree = {"a": Empty(), "b": 1}
+    selected, others = partition("b", tree)
+    assert selected == {"a": Empty(), "b": 1}
+    assert others == {"a": Empty(), "b": HOLE}
+    assert merge(selected, others) == tree
+
+
 def test_holes_are_equal_hashable_and_immutable() -> None:
     assert Hole() == HOLE
     assert len({Hole(), Hole()}) == 1
@@ -1130,6 +1144,11 @@ def test_summary_of_a_single_element() -> None:
     assert summary(x=[1.0]).splitlines()[-2].split() == ["x", "1", "4", "100.0%"]
 
 
+def test_summary_leaves_out_a_leaf_that_no_part_holds() -> None:
+    lines = summary(part={"a": HOLE, "b": 1.0}).splitlines()
+    assert lines[1].split() == ["b", "()", "float32", "1", "part"]
+
+
 def test_summary_of_holes_alone() -> None:
     assert summary(part=[HOLE]).splitlines()[-1].split() == ["total", "0", "0", "0.0%"]
 
@@ -1478,6 +1497,12 @@ def test_warm_start_rejects(new: PyTree, old: PyTree, fragments: list[str]) -> N
     mentions_none = any("None" in fragment for fragment in fragments)
     with raises(ValueError, *fragments, absent=[] if mentions_none else ["None"]):
         warm_start(new, old)
+
+
+def test_warm_start_takes_its_options_by_name() -> None:
+    function: Any = warm_start
+    with pytest.raises(TypeError):
+        function({"a": 0}, {"a": 7}, "a")
 
 
 def test_warm_start_lists_ten_leaves_of_each_tree_at_most() -> None:
@@ -4223,6 +4248,21 @@ def four_steps(seed: int) -> tuple[PyTree, PyTree, Any]:
     trainable, frozen = partition("!linear_1", before)
     trainable, losses = train(trainable, frozen, *dataset(data_key, 4))
     return before, merge(trainable, frozen), losses
+
+
+def test_main_takes_ten_thousand_steps_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Called(Exception):
+        pass
+
+    def fake_dataset(key: Any, num_records: int) -> Any:
+        assert num_records == 10_000
+        raise Called
+
+    monkeypatch.setattr(minifreeze, "dataset", fake_dataset)
+    with pytest.raises(Called):
+        minifreeze.main([])
 
 
 def test_main_learns_the_identity(capsys: pytest.CaptureFixture[str]) -> None:
