@@ -910,7 +910,7 @@ def compile_step(
             unused_bytes=tree_bytes(unread),
         )
 
-    # XLA does not count the FLOPs of library calls, and those of a loop body only once.
+    # XLA leaves out the FLOPs of library calls, and counts a loop body only once.
     # Discard its count if it is below that of the products alone.
     costs = compiled.cost_analysis() or {}
     if "flops" in costs and costs["flops"] >= (stats.flops_min or 0):

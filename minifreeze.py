@@ -159,8 +159,9 @@ def partition(where: Where, tree: T) -> tuple[T, T]:
       A tuple ``(selected, others)``.
 
     Raises:
-      ValueError: If a pattern matches no leaf, if ``where`` selects no leaf although
-        ``tree`` has some, or if a tree of bools differs in structure from ``tree``.
+      ValueError: If a pattern matches no leaf, if ``where`` is an empty list or selects
+        no leaf although ``tree`` has some, or if a tree of bools differs in structure
+        from ``tree``.
       TypeError: If ``where`` is none of the above, or if a predicate does not return a
         bool.
 
@@ -533,7 +534,7 @@ def warm_start(new: T, old: PyTree, *, fresh: Where = (), unused: Where = ()) ->
     Raises:
       ValueError: If a leaf of ``new`` has no value in ``old``, if a leaf of ``old`` has
         no place in ``new``, if shapes or dtypes differ, if a name occurs twice in one
-        tree, or if a pattern matches no leaf.
+        tree, if a pattern matches no leaf, or if a tree of bools differs in structure.
       TypeError: If ``fresh`` or ``unused`` is not a valid ``where``.
 
     >>> warm_start({"a": 0, "b": 0, "c": Hole()}, {"a": 7, "b": Hole(), "c": 8})
@@ -674,7 +675,7 @@ _REDUCTIONS = frozenset(
 def hoist(
     fn: Function, trainable: PyTree, frozen: PyTree, *batch: PyTree
 ) -> tuple[Function, Function]:
-    """Splits a function into one that runs once per batch and one for each step.
+    """Splits a function into one that runs once per batch and one that runs every step.
 
     ``rest(trainable, frozen, once(frozen, *batch))`` equals
     ``fn(trainable, frozen, *batch)`` and has the same gradient with respect to
@@ -682,9 +683,10 @@ def hoist(
     epoch and store the results.
 
     The rule: ``once`` stores values from which ``rest`` can rebuild, by cheap
-    operations alone, every batch-dependent value that it needs. Of all such sets of
-    values, ``once`` stores the one with the fewest bytes: a minimum cut. If several
-    sets tie, it stores the one that leaves ``rest`` the least work.
+    operations alone, every value it needs that depends on the batch but not on a
+    trainable leaf. Of all such sets of values, ``once`` stores the one with the fewest
+    bytes: a minimum cut. If several sets tie, it stores the one that leaves ``rest``
+    the least work.
 
     Cheap operations are elementwise functions, casts, data movement (slices, gathers,
     transposes, ...) and random bits. All others are costly: matrix products,
@@ -920,7 +922,8 @@ class _ProgramBuilder:
         self.operations: list[_Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
-        self.jaxpr_to_copy = jaxpr_to_copy  # for _equation_function; any will do
+        # _equation_function replaces the contents of a copy, so any jaxpr will do.
+        self.jaxpr_to_copy = jaxpr_to_copy
 
     def new_value(self, aval: Any) -> int:
         self.avals.append(aval)
@@ -983,11 +986,16 @@ def _equation_function(eqn: Any, variables: list[Any], jaxpr_to_copy: Any) -> Fu
     jaxpr = jaxpr_to_copy.jaxpr.replace(
         constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn]
     )
-    return cast(Function, jaxpr_as_fun(jaxpr_to_copy.replace(jaxpr=jaxpr, consts=[])))
+    closed_jaxpr = jaxpr_to_copy.replace(jaxpr=jaxpr, consts=[])
+    return cast(Function, jaxpr_as_fun(closed_jaxpr))
 
 
 def _as_jax_array(constant: Any) -> Any:
-    """Converts a NumPy constant, because a custom derivative rule may use ``.at``."""
+    """Converts a constant to a JAX array.
+
+    A traced constant can be a NumPy array. It has no ``.at``, which a custom derivative
+    rule may use.
+    """
     if not hasattr(constant, "__array__"):  # such as a jax.Ref
         return constant
     with jax.ensure_compile_time_eval():  # a concrete array, even under a trace
@@ -1155,23 +1163,23 @@ def _minimum_cut(
         for input_id in input_ids:
             connect((value_id, "out"), (input_id, "in"), math.inf)
 
-    # Search from one needed value at a time, which is much faster than from all of them
-    # at once. When a search fails, no edge with spare capacity leads out of the nodes
-    # that were reached so far. Later searches never enter these nodes, so the edges out
-    # of them stay full. (If a needed value is one of them, its search finds nothing.)
-    exhausted: set[_Node] = set()
+    # Send flow from one needed value at a time, which is much faster than from all of
+    # them at once. The last, failed search from a value finds every node that further
+    # flow from it could reach. All edges out of these nodes are full, and they stay
+    # full, because later searches avoid the nodes.
+    reachable: set[_Node] = set()
     for value_id in needed:
         start = (value_id, "in")
-        came_from = _search(start, sink, residual, avoid=exhausted)
+        came_from = _search(start, sink, residual, avoid=reachable)
         while sink in came_from:
             _send_flow(came_from, start, sink, residual)
-            came_from = _search(start, sink, residual, avoid=exhausted)
-        exhausted.update(came_from)
+            came_from = _search(start, sink, residual, avoid=reachable)
+        reachable.update(came_from)
 
-    # Flow can still enter the pipes in the cut, but not leave them: they are full.
+    # In the cut are the pipes that further flow could enter, but not leave.
     cut = set()
-    for value_id, end in exhausted:
-        if end == "in" and (value_id, "out") not in exhausted:
+    for value_id, end in reachable:
+        if end == "in" and (value_id, "out") not in reachable:
             cut.add(value_id)
     return cut
 
